@@ -1,0 +1,1 @@
+"""What cuts across papers: Lightning callbacks that work in any project."""

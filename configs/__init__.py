@@ -1,0 +1,1 @@
+"""Configurations: `<app>.yaml` runs in minutes on a laptop, `<app>/<recipe>.yaml` is a published recipe."""

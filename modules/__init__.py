@@ -1,0 +1,1 @@
+"""One package per paper: its LightningModule and the plain torch parts it is made of."""
