@@ -1,0 +1,110 @@
+"""What a checkpoint says of itself, read before anything is instantiated."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_apps.errors import UserError
+from lightning_apps.run_folder import CHECKPOINT_KEY
+
+# What belongs to one call or one machine, and not to the network that a checkpoint holds.
+_NOT_CARRIED = ("ckpt_path", "run", "app", "weights_only")
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint says of itself.
+
+    Args:
+        path: The file.
+        config: The configuration of the run that wrote it (`model`, `data`, `callbacks`, `trainer`, ...).
+        hyper_parameters: Arguments the model was built with, facts of the data included.
+        facts: What the data said of itself.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def layer(self, subcommand: str) -> dict[str, Any]:
+        """The part of the configuration that a command on this checkpoint starts from.
+
+        A resumed `fit` takes everything; other commands take the model, the data and the callbacks, not the devices.
+        """
+        keys = [key for key in self.config if key not in _NOT_CARRIED]
+        if subcommand != "fit":
+            keys = [key for key in keys if key in ("model", "data", "callbacks", "seed_everything")]
+        return {key: self.config[key] for key in keys}
+
+
+def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
+    """Load a checkpoint file onto the CPU, its tensors memory-mapped.
+
+    Args:
+        path: The file.
+        weights_only: Refuse anything but tensors and plain values.
+
+    Raises:
+        UserError: Not a readable checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "It may be cut short: take another checkpoint of the same folder."
+        if isinstance(error, pickle.UnpicklingError) and "eights" in str(error):
+            hint = "If you trust who wrote it, load it with --weights_only false."
+        raise UserError(f"--ckpt_path {path}: not a readable checkpoint ({reason}). {hint}") from error
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        raise UserError(f"--ckpt_path {path}: holds no 'state_dict'; it is not a Lightning checkpoint")
+    return dict(content)
+
+
+def describe_checkpoint(path: Path, app: str, weights_only: bool = True) -> CheckpointFacts:
+    """Read what a checkpoint says of itself, and check that this app wrote it.
+
+    Raises:
+        UserError: Not readable, or a checkpoint of another app.
+    """
+    content = read_checkpoint(path, weights_only)
+    mark = content.get(CHECKPOINT_KEY) or {}
+    other = mark.get("app", app)
+    if other != app:
+        raise UserError(
+            f"--ckpt_path {path}: was written by the app '{other}', not by '{app}'. "
+            f"Use it with: python -m lightning_apps.{other}"
+        )
+    hyper_parameters = {key: value for key, value in content.get("hyper_parameters", {}).items() if key[0] != "_"}
+    config = mark.get("config") or _config_from_hyper_parameters(content.get("hyper_parameters", {}), hyper_parameters)
+    return CheckpointFacts(path, config, hyper_parameters, mark.get("facts") or {})
+
+
+def _config_from_hyper_parameters(raw: dict[str, Any], hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+    class_path = raw.get("_class_path")
+    return {"model": {"class_path": class_path, "init_args": hyper_parameters}} if class_path else {}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def conflicts(checkpoint: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
+    """Settings whose value in use differs from the checkpoint's, one line each."""
+    before, after = flatten(checkpoint), flatten(used)
+    return [
+        f"{key}: {after[key]!r} (given) instead of {before[key]!r} (checkpoint)"
+        for key in before
+        if key in after and after[key] != before[key]
+    ]

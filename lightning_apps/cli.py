@@ -1,0 +1,330 @@
+"""The one LightningCLI subclass that all apps share."""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from callbacks import AtomicCheckpointIO, GracefulStop, NonFiniteGuard, PictureLogger, PredictionWriter, StepSeed
+from lightning_apps.app import App
+from lightning_apps.checkpoints import CheckpointFacts, conflicts, describe_checkpoint
+from lightning_apps.config_errors import explain
+from lightning_apps.config_files import ConfigFile, find_config, read_config
+from lightning_apps.errors import UserError, run_reporting_errors
+from lightning_apps.loggers import MetricsFile, choose_loggers
+from lightning_apps.run_folder import RunFolder, RunRecorder, open_run_folder, resolve_checkpoint
+from lightning_apps.trainer import AppTrainer
+
+SHARED_CALLBACKS: dict[str, type[Callback]] = {
+    "checkpoint": ModelCheckpoint,
+    "early_stopping": EarlyStopping,
+    "learning_rate": LearningRateMonitor,
+    "pictures": PictureLogger,
+    "predictions": PredictionWriter,
+}
+_KEPT_FROM_CHECKPOINT = ("model", "data", "callbacks", "trainer")
+
+
+class AppParser(LightningArgumentParser):
+    """Parser whose errors name the key, the value and the nearest valid key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Report what is wrong without the hundred lines of usage."""
+        if os.environ.get("LIGHTNING_APPS_DEBUG") == "1" and ex is not None:
+            raise ex
+        raise explain(message, self.known_keys()) from ex
+
+    def known_keys(self) -> list[str]:
+        """All dotted keys of this parser and of its subcommands."""
+        keys: list[str] = []
+        for action in self._actions:
+            keys += [option[2:] for option in action.option_strings if option.startswith("--")]
+            if isinstance(getattr(action, "choices", None), dict):
+                for parser in action.choices.values():
+                    if isinstance(parser, AppParser):
+                        keys += parser.known_keys()
+        return keys
+
+
+def split_arguments(arguments: list[str], option: str, short: str | None = None) -> tuple[list[str], list[str]]:
+    """Take the values of one option out of a command line.
+
+    Args:
+        arguments: The command line.
+        option: Its long form, such as `--config`.
+        short: Its short form, such as `-c`.
+
+    Returns:
+        The values, and the remaining arguments.
+    """
+    values, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, separator, value = argument.partition("=")
+        if name in (option, short):
+            value = value if separator else next(remaining, None)
+            if value is None:
+                raise UserError(f"{option} needs a value")
+            values.append(value)
+        else:
+            rest.append(argument)
+    return values, rest
+
+
+class AppCLI(LightningCLI):
+    """LightningCLI with named callbacks, run folders, configurations by bare name and commands on checkpoints.
+
+    Settings win in this order: command line, a user's own configuration, the checkpoint, a shipped configuration.
+
+    Args:
+        app: The app.
+        arguments: Command line without the program's name; None for the process' own.
+    """
+
+    def __init__(self, app: App, arguments: list[str] | None = None) -> None:
+        self.app = app
+        self.checkpoint: CheckpointFacts | None = None
+        self.shipped_default = find_config(f"{app.name}.yaml", app.name)
+        self.given = list(sys.argv[1:] if arguments is None else arguments)
+        super().__init__(
+            app.model,
+            app.data,
+            save_config_callback=None,
+            trainer_class=AppTrainer,
+            seed_everything_default=0,
+            parser_class=AppParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": f"python -m lightning_apps.{app.name}", "description": app.summary},
+        )
+
+    # ---- what the command line takes
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # depends on the app
+        """Lightning's commands, `export`, and what else the app has."""
+        own = {name: {"model", "datamodule"} for name in ("export", *self.app.subcommands)}
+        return {**LightningCLI.subcommands(), **own}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Named callbacks, the run's name and folder, and the links from the data's facts to the model."""
+        parser.add_argument("--app", type=str, default=self.app.name, help="Name of the app a configuration is for.")
+        parser.add_argument("--run.root", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--run.name", type=str | None, default=None, help="Name of the run; default: the config's.")
+        for name, callback in {**SHARED_CALLBACKS, **self.app.callbacks}.items():
+            parser.add_argument(
+                f"--callbacks.{name}", type=callback | None, default=None, help=f"{callback.__name__}, or null for none"
+            )
+        for fact in self.app.facts:
+            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Build in full only the parser of the command that was given: each takes a second."""
+        self._full_parser_for = next((word for word in self.given if not word.startswith("-")), None)
+        super()._add_subcommands(parser, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._full_parser_for in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
+
+    # ---- from the command line to one configuration
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Compose shipped configuration, checkpoint, user's configurations and command line, in this order."""
+        arguments = self._compose(self.given) if self._full_parser_for in self.subcommands() else self.given
+        self.config = parser.parse_args(arguments)
+        if self.checkpoint is not None:
+            self._report_conflicts()
+
+    def _compose(self, arguments: list[str]) -> list[str]:
+        position = arguments.index(self._full_parser_for)
+        subcommand, rest = arguments[position], arguments[:position] + arguments[position + 1 :]
+        names, rest = split_arguments(rest, "--config", "-c")
+        self.config_files = [find_config(name, self.app.name) for name in names]
+        contents = {file.path: read_config(file.path, self.app.name) for file in self.config_files}
+        rest = self._resolve_checkpoint_argument(subcommand, rest, contents)
+        files = self.config_files or ([] if self.checkpoint and self.checkpoint.config else [self.shipped_default])
+        layers = [str(file.path) for file in files if file.shipped]
+        if self.checkpoint is not None:
+            self._check_same_model(files, contents)
+            layers.append(json.dumps(self.checkpoint.layer(subcommand)))
+        layers += [str(file.path) for file in files if not file.shipped]
+        return [subcommand, *(part for layer in layers for part in ("--config", layer)), *rest]
+
+    def _resolve_checkpoint_argument(
+        self, subcommand: str, arguments: list[str], contents: dict[Path, dict[str, Any]]
+    ) -> list[str]:
+        given, rest = split_arguments(arguments, "--ckpt_path")
+        value = given[-1] if given else next((c["ckpt_path"] for c in contents.values() if c.get("ckpt_path")), None)
+        if value in (None, "null"):
+            return arguments
+        roots, _ = split_arguments(rest, "--run.root")
+        names, _ = split_arguments(rest, "--run.name")
+        root = Path(roots[-1] if roots else "runs")
+        path = resolve_checkpoint(value, root, self.app.name, names[-1] if names else None)
+        opened, _ = split_arguments(rest, "--weights_only")
+        weights_only = not (opened and opened[-1].lower() == "false")
+        self.checkpoint = describe_checkpoint(path, self.app.name, weights_only)
+        return [*rest, "--ckpt_path", str(path)]
+
+    def _check_same_model(self, files: Iterable[ConfigFile], contents: dict[Path, dict[str, Any]]) -> None:
+        written = (self.checkpoint.config.get("model") or {}).get("class_path")
+        for file in files:
+            model = contents.get(file.path, {}).get("model")
+            asked = model.get("class_path") if isinstance(model, dict) else None
+            if written and asked and asked.rpartition(".")[2] != written.rpartition(".")[2]:
+                raise UserError(
+                    f"--ckpt_path {self.checkpoint.path}: holds a {written}, but {file.path} asks for a {asked}. "
+                    f"To start {asked.rpartition('.')[2]} from its weights use --model.init_from instead."
+                )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the checkpoint's settings entered below the explicit ones, instead of silently above them."""
+
+    def _report_conflicts(self) -> None:
+        used = yaml.safe_load(self.dump_config())
+        before = {key: self.checkpoint.config.get(key) or {} for key in _KEPT_FROM_CHECKPOINT}
+        if self.config.subcommand != "fit":
+            before.pop("trainer")
+        for line in conflicts(before, used):
+            rank_zero_info(f"overrides the checkpoint: {line}")
+
+    def dump_config(self) -> str:
+        """The configuration of the chosen command as YAML, without what the data will fill in."""
+        subcommand = self.config.subcommand
+        return self._parser(subcommand).dump(self.config[subcommand], skip_validation=True, skip_none=False)
+
+    # ---- from the configuration to objects
+
+    def before_instantiate_classes(self) -> None:
+        """Fix the run folder."""
+        config = self.config[self.subcommand]
+        files = getattr(self, "config_files", [])
+        named = [file for file in files if file.shipped] or files
+        default_name = (named[0].path.stem if named else self.app.name) or self.app.name
+        checkpoint = self.checkpoint.path if self.checkpoint else None
+        self.run_folder: RunFolder = open_run_folder(
+            Path(config.run.root), self.app.name, config.run.name or default_name, self.subcommand, checkpoint
+        )
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; a new run folder in which nothing was written goes away with an error."""
+        try:
+            if self.subcommand == "export" and self.checkpoint is not None and self.checkpoint.facts:
+                self._instantiate_without_data()
+            else:
+                super().instantiate_classes()
+        except BaseException:
+            self.run_folder.discard_if_empty()
+            raise
+
+    def _instantiate_without_data(self) -> None:
+        config = self.config[self.subcommand]
+        arguments = config.model.init_args.as_dict()
+        cls = _import_class(config.model.class_path)
+        known = inspect.signature(cls).parameters
+        arguments |= {name: value for name, value in self.checkpoint.facts.items() if name in known}
+        config.data = None
+        model, config.model = config.model, None
+        self.config_init = self._parser(self.subcommand).instantiate_classes(config)
+        config.model = model
+        self.datamodule, self.model = None, cls(**arguments)
+        self.trainer = self._instantiate_trainer(self.config_init.trainer.as_dict(), [])
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> AppTrainer:
+        config = dict(config)
+        output = str(self.run_folder.output)
+        config["default_root_dir"] = config.get("default_root_dir") or output
+        quiet = config.get("fast_dev_run") or config.get("barebones") or self.subcommand in ("export", "features")
+        config["logger"] = False if quiet else choose_loggers(config.get("logger"), self.run_folder)
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        config["callbacks"] = sort_callbacks([*self._suite_callbacks(config), *callbacks, *given])
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [*plugins, AtomicCheckpointIO()]
+        trainer = self.trainer_class(**config)
+        trainer.export_facts = self.facts
+        return trainer
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the data says of itself, or what the checkpoint kept of that."""
+        if getattr(self, "datamodule", None) is None:
+            return self.checkpoint.facts if self.checkpoint else {}
+        names = (*self.app.facts, "mean", "std")
+        return {name: getattr(self.datamodule, name) for name in names if hasattr(self.datamodule, name)}
+
+    def _suite_callbacks(self, trainer_config: dict[str, Any]) -> list[Callback]:
+        named = self.config_init.get(self.subcommand, self.config_init)
+        slots = {name: value for name, value in vars(named["callbacks"]).items() if value is not None}
+        if trainer_config.get("enable_checkpointing") is False or trainer_config.get("fast_dev_run"):
+            slots.pop("checkpoint", None)
+        if not trainer_config.get("logger"):
+            slots.pop("learning_rate", None)
+        checkpoint = slots.get("checkpoint")
+        if checkpoint is not None and checkpoint.dirpath is None:
+            checkpoint.dirpath = str(self.run_folder.checkpoints)
+        if self.subcommand == "predict" and "predictions" not in slots:
+            slots["predictions"] = PredictionWriter()
+        recorder = RunRecorder(self.run_folder, self.app.name, yaml.safe_load(self.dump_config()), self.facts)
+        seed = self.config[self.subcommand].get("seed_everything")
+        seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else int(os.environ["PL_GLOBAL_SEED"])
+        return [recorder, StepSeed(seed), NonFiniteGuard(), ContinueMetrics(), *slots.values(), GracefulStop()]
+
+
+class ContinueMetrics(Callback):
+    """Let a resumed run go on with `metrics.csv` from the step of its checkpoint."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Drop what was logged after the checkpoint and will be logged again."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.experiment.truncate(trainer.global_step)
+
+
+def sort_callbacks(callbacks: list[Callback]) -> list[Callback]:
+    """Put callbacks that add parameters before those that copy the module, and the one that stops the run last."""
+
+    def rank(callback: Callback) -> int:
+        if getattr(callback, "adds_parameters", False):
+            return 1
+        if isinstance(callback, (RunRecorder, StepSeed, NonFiniteGuard)):
+            return 0
+        return 3 if isinstance(callback, GracefulStop) else 2
+
+    return sorted(callbacks, key=rank)
+
+
+def _import_class(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(__import__(module, fromlist=[name]), name)
+
+
+def main(app: App, arguments: list[str] | None = None) -> int:
+    """Run a command of an app.
+
+    Args:
+        app: The app.
+        arguments: Command line without the program's name; None for the process' own.
+
+    Returns:
+        Exit code.
+    """
+    return run_reporting_errors(lambda: AppCLI(app, arguments))

@@ -1,0 +1,123 @@
+"""Lightning's Trainer with the two further commands all apps have: `export` and `features`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_apps.errors import UserError
+from lightning_apps.exporting import export_network
+
+
+class FeatureExtraction(LightningModule):
+    """Predict the features of a module instead of its answers.
+
+    Args:
+        module: Anything with `extract_features(images) -> (B, D)`.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Features (B, D) of a batch, with labels and row numbers (B,)."""
+        return {"features": self.module.extract_features(batch.images), "labels": batch.labels, "index": batch.index}
+
+
+class AppTrainer(Trainer):
+    """Lightning's Trainer, with defaults of the suite and the commands `export` and `features`.
+
+    Args:
+        logger: None or true for W&B beside `metrics.csv`, false for none, `wandb`, `csv`, `tensorboard` or a list of
+            these, or Lightning loggers by class path.
+        use_distributed_sampler: The suite's own samplers split the data over processes, so this is off.
+        kwargs: Everything else that Lightning's Trainer takes.
+    """
+
+    def __init__(
+        self,
+        logger: str | list[str] | Logger | Sequence[Logger] | bool | None = None,
+        use_distributed_sampler: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(logger=logger, use_distributed_sampler=use_distributed_sampler, **kwargs)
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        formats: list[Literal["onnx", "safetensors"]] | None = None,
+        opset: int = 18,
+        tolerance: float = 1e-4,
+    ) -> dict[str, Path]:
+        """Write the deployable network as ONNX, checked against torch, and as safetensors.
+
+        Args:
+            model: A module with `deployable_network()`.
+            datamodule: Not used: what the data said of itself is in the checkpoint.
+            ckpt_path: Checkpoint with the weights.
+            output: Folder to write to; by default `export/` of the run.
+            formats: What to write; by default both.
+            opset: ONNX operator set.
+            tolerance: Largest allowed difference between ONNX and torch outputs, relative to the largest output.
+
+        Returns:
+            The file of each format.
+
+        Raises:
+            UserError: The module cannot be exported, a package is missing, or the outputs differ.
+        """
+        if not hasattr(model, "deployable_network"):
+            raise UserError(f"{type(model).__name__} offers no deployable_network() to export")
+        return export_network(
+            model.deployable_network(),
+            getattr(self, "export_facts", {}),
+            Path(output or self.default_root_dir),
+            formats=formats or ["onnx", "safetensors"],
+            opset=opset,
+            tolerance=tolerance,
+        )
+
+    def features(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        format: Literal["npz", "parquet"] = "npz",
+        splits: list[Literal["train", "val", "test"]] | None = None,
+    ) -> list[Path]:
+        """Write the features of every sample of the data to npz or parquet files.
+
+        Args:
+            model: A module with `extract_features(images)`.
+            datamodule: The data.
+            ckpt_path: Checkpoint with the weights.
+            output: Folder to write to; by default `features/` of the run.
+            format: File format.
+            splits: Splits to write, one file each; by default all three.
+
+        Returns:
+            The files.
+        """
+        from callbacks import PredictionWriter
+
+        folder = Path(output or self.default_root_dir)
+        writers = [callback for callback in self.callbacks if isinstance(callback, PredictionWriter)]
+        self.callbacks = [callback for callback in self.callbacks if callback not in writers]
+        extraction = FeatureExtraction(model)
+        written = []
+        for split in splits or ["train", "val", "test"]:
+            datamodule.predict_split = split
+            target = folder / f"{split}.{format}"
+            writer = PredictionWriter(output=str(target), format=format)
+            self.callbacks.append(writer)
+            self.predict(extraction, datamodule=datamodule, return_predictions=False)
+            self.callbacks.remove(writer)
+            written.append(target)
+        return written
