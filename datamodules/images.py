@@ -1,0 +1,497 @@
+"""The LightningDataModule behind every image data set: splits, label subsets, caching, loaders, predictions."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.augmentations import Augmentation, CentreView, augmentation
+from datamodules.image_dataset import (
+    BatchBuilder,
+    FileStore,
+    ImageDataset,
+    ImageStore,
+    MemoryStore,
+    quiet_worker,
+    usable_cores,
+)
+from datamodules.image_files import list_images, same_content
+from datamodules.readers.samples import Reader, Samples, existing_folder
+from datamodules.sampling import EvaluationBatchSampler, TrainBatchSampler
+from datamodules.splits import PARTS, check_classes, grouped_split, labelled_rows, leaks, merge_groups, stratified_split
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+CACHE_LIMIT = 1 << 30
+SMALL_SET = 20_000
+SMALL_SIDE = 64
+
+
+class ImageDataModule(LightningDataModule):
+    """Labelled images for pre-training, fine-tuning, evaluation and prediction.
+
+    Subclasses name the layouts on disk and return a reader for them from :meth:`make_reader`. The properties
+    ``class_names``, ``num_classes``, ``image_size``, ``in_channels``, ``main_metric``, ``mean`` and ``std`` are known
+    right after construction, from labels and headers only.
+
+    Args:
+        image_size: Side length in pixels of the images that a model gets; None for the data set's own.
+        channels: 1 or 3; None for the data set's own. Images are converted where needed.
+        batch_size: Images per training step and process.
+        eval_batch_size: Images per evaluation step and process; None for ``batch_size``.
+        num_workers: Loading processes; None chooses 0 for small sets in memory, otherwise at most 2 per process.
+        seed: Seed of order and augmentation.
+        augment: Strength of the data set's own pipeline. ``pretrain`` trains on all images and needs no labels;
+            ``finetune`` and ``none`` train on the labelled subset.
+        views: Augmented views per training image: 2 only with ``pretrain``.
+        label_fraction: Share of each class whose labels may be used, in (0, 1].
+        labels_per_class: Number of labels per class instead of a share.
+        label_seed: Seed of the choice of labels.
+        split: ``auto`` uses the split that comes with the data, otherwise a grouped one. ``given`` insists on the one
+            that comes with the data. ``grouped`` splits anew, stratified by class, with images of one group (a lesion,
+            identical files) in one part. ``random`` is stratified by class and knows no groups.
+        split_seed: Seed of a new split.
+        val_fraction: Share of the validation part in a new split.
+        test_fraction: Share of the test part in a new split.
+        allow_leakage: Go on, with a warning, when the same image or group is in two parts.
+        cache: ``ram`` decodes every file once and keeps it as uint8; ``none`` decodes anew each time; ``auto`` keeps
+            files in memory up to 1 GiB. Each process of a distributed run has its own memory.
+        on_error: What to do with an unreadable image: ``raise``, or ``skip`` it, which reads every file at the start.
+        crop_border: Cut black borders away before resizing, as around a fundus photograph.
+        drop_last: Leave out the last, smaller training batch; None does so in pre-training, and elsewhere only if it
+            would hold a single image.
+        predict_split: Which part ``predict`` runs on.
+        predict_path: Folder of unlabelled images to predict instead.
+        main_metric: Metric that the model is selected by; None for the data set's own.
+        mean: Per channel, of values in [0, 1]; None for the data set's own.
+        std: Per channel, of values in [0, 1]; None for the data set's own.
+
+    Raises:
+        ValueError: If a value is out of range; names field, value and range.
+        FileNotFoundError: If the data is not there.
+    """
+
+    def __init__(
+        self,
+        image_size: int | None = None,
+        channels: int | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+        augment: Literal["pretrain", "finetune", "none"] = "finetune",
+        views: int = 1,
+        label_fraction: float = 1.0,
+        labels_per_class: int | None = None,
+        label_seed: int = 0,
+        split: Literal["auto", "given", "grouped", "random"] = "auto",
+        split_seed: int = 0,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        allow_leakage: bool = False,
+        cache: Literal["auto", "ram", "none"] = "auto",
+        on_error: Literal["raise", "skip"] = "raise",
+        crop_border: bool = False,
+        drop_last: bool | None = None,
+        predict_split: Literal["train", "val", "test"] = "test",
+        predict_path: str | None = None,
+        main_metric: Literal["acc", "balanced_acc", "kappa"] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        _check_values(self.hparams)
+        self.reader = self.make_reader()
+        self._parts: dict[str, Samples] | None = None
+        self._stores: dict[str, ImageStore] = {}
+        self._predict_samples: Samples | None = None
+        self._check_normalisation()
+
+    def make_reader(self) -> Reader:
+        """Return the reader of the chosen layout."""
+        raise NotImplementedError
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each class index."""
+        return list(self.reader.facts.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for a folder of unlabelled images."""
+        return len(self.reader.facts.class_names)
+
+    @property
+    def image_size(self) -> int:
+        """Side length in pixels of the images that a model gets."""
+        return self.hparams.image_size or self.reader.facts.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images that a model gets."""
+        return self.hparams.channels or self.reader.facts.channels
+
+    @property
+    def main_metric(self) -> str:
+        """Metric that a model is selected by: ``acc``, ``balanced_acc`` or ``kappa``."""
+        return self.hparams.main_metric or self.reader.facts.main_metric
+
+    @property
+    def mean(self) -> list[float]:
+        """Per channel, of values in [0, 1]."""
+        return self._per_channel(self.hparams.mean, self.reader.facts.mean)
+
+    @property
+    def std(self) -> list[float]:
+        """Per channel, of values in [0, 1]."""
+        return self._per_channel(self.hparams.std, self.reader.facts.std)
+
+    def prepare_data(self) -> None:
+        """Download what is missing."""
+        self.reader.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read labels, check them, and read the images that the stage needs into memory where they are cached.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test``, ``predict`` or None for all.
+        """
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), None: PARTS}.get(stage, ())
+        for part in needed:
+            self._store(part)
+        if stage in (None, "fit"):
+            self._check_train_part()
+        if stage == "predict":
+            self._store("predict")
+
+    def train_dataloader(self) -> DataLoader:
+        """Augmented training batches; order and augmentation are functions of (seed, epoch, row)."""
+        dataset = self.train_dataset()
+        sampler = TrainBatchSampler(
+            len(dataset),
+            self.hparams.batch_size,
+            seed=self.hparams.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            drop_last=self._drops_last(len(dataset)),
+            trainer=self.trainer if self.trainer is not None and self.trainer.training else None,
+        )
+        return self._loader(dataset, sampler)
+
+    def train_dataset(self) -> ImageDataset:
+        """The augmented training images, without a loader."""
+        pretrain = self.hparams.augment == "pretrain"
+        labels, chosen = self._part("train").labels, self._labelled_rows()
+        if pretrain:
+            labels = np.where(np.isin(np.arange(len(labels)), chosen), labels, -1)
+        return ImageDataset(
+            self._store("train"),
+            labels,
+            None if pretrain else chosen,
+            self._training_view(),
+            seed=self.hparams.seed,
+            views=self.hparams.views,
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation images as they are, each once over all processes."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Test images as they are, each once over all processes."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Images of ``predict_split`` or ``predict_path``, each once over all processes."""
+        return self._evaluation_loader("predict")
+
+    def probe_dataloader(self) -> DataLoader:
+        """Training images whose labels may be used, as they are and in fixed order; what probes are fitted on."""
+        return self._evaluation_loader("train", self._labelled_rows())
+
+    def sample_ids(self, split: str | None = None) -> list[str]:
+        """Return the id of each row of a split.
+
+        Args:
+            split: ``train``, ``val`` or ``test``; None for the images of ``predict``.
+        """
+        return self._part(split or "predict").ids.tolist()
+
+    def prediction_table(self, index: np.ndarray, probabilities: np.ndarray) -> "DataFrame":
+        """Put predictions into the table that the data set's own evaluation reads.
+
+        Args:
+            index: (N,) rows of the predicted images, as in the batches.
+            probabilities: (N, classes).
+        """
+        ids = self._part("predict").ids[np.asarray(index)]
+        return self.reader.predictions(ids.tolist(), np.asarray(probabilities))
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Turn model input (B, C, H, W) back into values in [0, 1]."""
+        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+    # Parts of the data set
+
+    def _part(self, part: str) -> Samples:
+        if part == "predict":
+            return self._predicted()
+        if self._parts is None:
+            self._parts = self._split()
+        if part not in self._parts:
+            have = ", ".join(self._parts)
+            raise ValueError(f"the data set has no part '{part}', only {have}; add it, or set --data.split grouped")
+        return self._parts[part]
+
+    def _predicted(self) -> Samples:
+        if self.hparams.predict_path is None:
+            return self._part(self.hparams.predict_split)
+        if self._predict_samples is None:
+            self._predict_samples = self._unlabelled(self.hparams.predict_path)
+        return self._predict_samples
+
+    def _unlabelled(self, path: str) -> Samples:
+        folder = existing_folder(path, "of images to predict")
+        files = list_images(folder)
+        if not files:
+            raise FileNotFoundError(f"--data.predict_path '{path}': no image found")
+        names = [file.relative_to(folder) for file in files]
+        if self.reader.id_column != "path":
+            names = [name.with_suffix("") for name in names]
+        return Samples(
+            ids=np.array([name.as_posix() for name in names]),
+            labels=np.full(len(files), -1, dtype=np.int64),
+            paths=np.array([str(file) for file in files]),
+        )
+
+    def _split(self) -> dict[str, Samples]:
+        return self._leak_checked(self._without_unlabelled(self._divided(self.reader.read())))
+
+    def _divided(self, found: dict[str, Samples]) -> dict[str, Samples]:
+        """Follow ``split``: keep the parts that came with the data, or divide everything anew."""
+        split = self.hparams.split
+        if split == "given" and "all" in found:
+            raise ValueError("--data.split given: this data set comes without a split; set auto, grouped or random")
+        if "all" in found or split in ("grouped", "random"):
+            return self._new_split(Samples.concatenate(list(found.values())), self.hparams.test_fraction)
+        if "val" not in found and {"train", "test"} <= set(found):
+            rank_zero_info(f"no validation part: {self.hparams.val_fraction:.0%} of the training part is set aside")
+            return {**found, **self._new_split(found["train"], 0.0)}
+        if "test" not in found and "val" in found:
+            rank_zero_warn("no test part: the validation part stands in for it, so test results are optimistic")
+            return {**found, "test": found["val"]}
+        return found
+
+    def _new_split(self, samples: Samples, test: float) -> dict[str, Samples]:
+        val, seed = self.hparams.val_fraction, self.hparams.split_seed
+        if self.hparams.split == "random":
+            rows = stratified_split(samples.labels, val, test, seed)
+        else:
+            groups = merge_groups(samples.groups, _identical(samples).values(), len(samples))
+            rows = grouped_split(samples.labels, groups, val, test, seed)
+        return {part: samples.take(rows[part]) for part in PARTS if len(rows[part]) or part != "test" or test}
+
+    def _without_unlabelled(self, parts: dict[str, Samples]) -> dict[str, Samples]:
+        """Pre-training takes images without a label; everything else cannot use them."""
+        if self.hparams.augment == "pretrain":
+            return parts
+        kept = {part: samples.take(samples.labels >= 0) for part, samples in parts.items()}
+        empty = [part for part, samples in kept.items() if not len(samples)]
+        if empty:
+            raise ValueError(
+                f"split '{empty[0]}' has no labelled image; only --data.augment pretrain works without labels"
+            )
+        return kept
+
+    def _leak_checked(self, parts: dict[str, Samples]) -> dict[str, Samples]:
+        found = leaks(_shared_between(parts))
+        if not found:
+            return parts
+        examples = "; ".join(found[:3])
+        text = f"{len(found)} images or groups are in more than one split, such as {examples}"
+        if self.reader.published_split:
+            rank_zero_warn(f"{text}; this is so in the published data set and is left as it is")
+        elif self.hparams.allow_leakage:
+            rank_zero_warn(f"{text}; used as they are, as allow_leakage is set")
+        else:
+            raise ValueError(f"{text}; set --data.split grouped to split anew, or --data.allow_leakage true to go on")
+        return parts
+
+    def _check_train_part(self) -> None:
+        check_classes({part: samples.labels for part, samples in self._parts.items()}, self.class_names)
+        self._labelled_rows()
+
+    def _labelled_rows(self) -> np.ndarray:
+        options = self.hparams
+        labels = self._part("train").labels
+        return labelled_rows(labels, options.label_fraction, options.labels_per_class, options.label_seed)
+
+    # Images
+
+    def _store(self, part: str) -> ImageStore:
+        if part == "predict" and self.hparams.predict_path is None:
+            part = self.hparams.predict_split
+        if part not in self._stores:
+            samples = self._part(part)
+            self._stores[part] = self._pixels(samples) if samples.paths is None else self._files(part, samples)
+        return self._stores[part]
+
+    def _pixels(self, samples: Samples) -> MemoryStore:
+        have, want = samples.pixels.shape[3], self.in_channels
+        if have == want:
+            return MemoryStore(samples.pixels)
+        rank_zero_warn(f"images with {have} channel(s) are converted to the {want} that the model is given")
+        if want == 3:
+            return MemoryStore(samples.pixels)
+        return MemoryStore(_luminance(samples.pixels))
+
+    def _files(self, part: str, samples: Samples) -> ImageStore:
+        shorter_side = round(self.image_size / self.reader.facts.crop_ratio)
+        store = FileStore(samples.paths.tolist(), self.in_channels, shorter_side, self.hparams.crop_border)
+        store.warn_about_conversion()
+        keep, skip = self._keeps(len(store), shorter_side), self.hparams.on_error == "skip"
+        if not keep and not skip:
+            return store
+        kept, readable, messages = store.read_all(keep, skip)
+        if messages:
+            shown = "; ".join(messages[:3])
+            rank_zero_warn(f"split '{part}': {len(messages)} of {len(samples)} images skipped: {shown}")
+            samples = self._replace(part, samples.take(readable))
+        return kept or FileStore(samples.paths.tolist(), store.channels, shorter_side, store.crop_border)
+
+    def _replace(self, part: str, samples: Samples) -> Samples:
+        if not len(samples):
+            raise ValueError(f"split '{part}': none of its images can be read")
+        if part == "predict":
+            self._predict_samples = samples
+        else:
+            self._parts[part] = samples
+        return samples
+
+    def _keeps(self, count: int, side: int) -> bool:
+        expected = count * side * side * self.in_channels * 4 // 3
+        return self.hparams.cache == "ram" or (self.hparams.cache == "auto" and expected <= CACHE_LIMIT)
+
+    def _training_view(self) -> Augmentation:
+        facts = self.reader.facts
+        return augmentation(facts.subject, self.hparams.augment, self.image_size, whole=facts.in_memory)
+
+    # Loaders
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _drops_last(self, length: int) -> bool:
+        if self.hparams.drop_last is not None:
+            return self.hparams.drop_last
+        return self.hparams.augment == "pretrain" or (length > 1 and length % self.hparams.batch_size == 1)
+
+    def _evaluation_loader(self, part: str, rows: np.ndarray | None = None) -> DataLoader:
+        store = self._store(part)
+        view = CentreView(self.image_size, whole=self.reader.facts.in_memory)
+        dataset = ImageDataset(store, self._part(part).labels, rows, view)
+        batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
+        sampler = EvaluationBatchSampler(len(dataset), batch_size, rank=self._rank, world_size=self._world_size)
+        return self._loader(dataset, sampler)
+
+    def _loader(self, dataset: ImageDataset, sampler: Any) -> DataLoader:
+        workers = self._workers(dataset)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=BatchBuilder(self.mean, self.std),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=quiet_worker if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own keeps the loader from drawing on the global one, which the model's noise uses.
+            generator=torch.Generator().manual_seed(self.hparams.seed),
+        )
+
+    def _workers(self, dataset: ImageDataset) -> int:
+        if self.hparams.num_workers is not None:
+            return self.hparams.num_workers
+        in_memory = isinstance(dataset.store, MemoryStore)
+        if in_memory and len(dataset) <= SMALL_SET and self.image_size <= SMALL_SIDE:
+            return 0
+        return min(2, usable_cores())
+
+    # Values
+
+    def _per_channel(self, chosen: Sequence[float] | None, natural: Sequence[float]) -> list[float]:
+        values = list(chosen or natural)
+        if len(values) == self.in_channels:
+            return values
+        return values * 3 if self.in_channels == 3 else [sum(values) / len(values)]
+
+    def _check_normalisation(self) -> None:
+        for name in ("mean", "std"):
+            values = self.hparams[name]
+            if values is not None and len(values) not in (1, self.in_channels):
+                raise ValueError(f"{name} has {len(values)} values, expected one per channel ({self.in_channels})")
+
+
+def _check_values(options: Any) -> None:
+    """Refuse values outside their range before anything is read."""
+    at_least = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
+    at_least |= {"labels_per_class": 1, "label_seed": 0, "split_seed": 0}
+    for name, least in at_least.items():
+        if options[name] is not None and options[name] < least:
+            raise ValueError(f"{name} is {options[name]}, expected {least} or more")
+    if not 0 < options.label_fraction <= 1:
+        raise ValueError(f"label_fraction is {options.label_fraction}, expected a share in (0, 1]")
+    if options.label_fraction != 1 and options.labels_per_class is not None:
+        raise ValueError("set either label_fraction or labels_per_class, not both")
+    val, test = options.val_fraction, options.test_fraction
+    if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
+        raise ValueError(f"val_fraction is {val} and test_fraction {test}, expected shares in (0, 1) that leave some")
+    if options.channels not in (None, 1, 3):
+        raise ValueError(f"channels is {options.channels}, expected 1 or 3")
+    if options.views not in (1, 2):
+        raise ValueError(f"views is {options.views}, expected 1 or 2")
+    if options.views == 2 and options.augment != "pretrain":
+        raise ValueError(f"views is 2 with augment '{options.augment}'; two views need --data.augment pretrain")
+    if options.std is not None and min(options.std) <= 0:
+        raise ValueError(f"std is {options.std}, expected values above 0")
+
+
+def _luminance(pixels: np.ndarray) -> np.ndarray:
+    """RGB (N, H, W, 3) to grey (N, H, W, 1) with the weights of ITU-R BT.601."""
+    weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    return np.stack([np.rint(image @ weights).astype(np.uint8) for image in pixels])[..., None]
+
+
+def _identical(samples: Samples) -> dict[str, list[int]]:
+    """Content -> rows, for images that occur more than once."""
+    if samples.paths is not None:
+        return same_content(samples.paths.tolist())
+    by_content: dict[bytes, list[int]] = {}
+    for row, image in enumerate(samples.pixels):
+        by_content.setdefault(image.tobytes(), []).append(row)
+    return {f"image-{rows[0]}": rows for rows in by_content.values() if len(rows) > 1}
+
+
+def _shared_between(parts: dict[str, Samples]) -> dict[str, list[tuple[str, str]]]:
+    """Content or group -> the (part, id) of its rows, over parts that are different samples."""
+    distinct = {id(samples): (part, samples) for part, samples in parts.items()}
+    owners = [(part, name) for part, samples in distinct.values() for name in samples.ids.tolist()]
+    everything = Samples.concatenate([samples for _, samples in distinct.values()])
+    shared = {content: [owners[row] for row in rows] for content, rows in _identical(everything).items()}
+    if everything.groups is not None:
+        for owner, group in zip(owners, everything.groups.tolist(), strict=True):
+            if group:
+                shared.setdefault(f"group {group}", []).append(owner)
+    return shared

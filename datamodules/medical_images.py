@@ -1,0 +1,53 @@
+"""Medical image classification in the layouts of the data sets themselves."""
+
+from typing import Any, Literal
+
+from datamodules.images import ImageDataModule
+from datamodules.readers.folder import FolderReader
+from datamodules.readers.medmnist import MedMNISTReader
+from datamodules.readers.samples import Reader
+
+
+class MedicalImages(ImageDataModule):
+    """Medical images with one label each.
+
+    Args:
+        layout: ``folder`` (``<class>/*`` or ``{train,val,test}/<class>/*``, optionally with ``split.csv``),
+            ``medmnist`` (``<name>.npz``), ``isic2019`` or ``aptos2019`` (the challenges' own folders).
+        root: Folder of the data set.
+        name: Which MedMNIST archive, such as ``bloodmnist``, or the stem of a file of your own.
+        medmnist_size: Side length of the published images: 28, 64, 128 or 224.
+        download: Fetch the MedMNIST archive if it is missing.
+        verify_md5: Refuse a MedMNIST archive whose content is not the published one.
+        mirror: Address of a folder with the MedMNIST archives, instead of Zenodo.
+        **kwargs: See :class:`datamodules.images.ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        layout: Literal["folder", "medmnist", "isic2019", "aptos2019"] = "medmnist",
+        root: str | None = None,
+        name: str = "bloodmnist",
+        medmnist_size: int = 28,
+        download: bool = True,
+        verify_md5: bool = True,
+        mirror: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+
+    def make_reader(self) -> Reader:
+        """Return the reader of the chosen layout."""
+        options = self.hparams
+        if options.layout == "medmnist":
+            return MedMNISTReader(
+                options.root,
+                options.name,
+                options.medmnist_size,
+                download=options.download,
+                verify_md5=options.verify_md5,
+                mirror=options.mirror,
+            )
+        if options.layout == "folder":
+            return FolderReader(options.root, "grey" if options.channels == 1 else "colour")
+        raise ValueError(f"layout '{options.layout}' is unknown; expected folder, medmnist, isic2019 or aptos2019")

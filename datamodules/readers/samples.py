@@ -1,0 +1,139 @@
+"""What a reader of a data set returns: cheap facts, and samples as pixels or as paths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Metric = Literal["acc", "balanced_acc", "kappa"]
+Subject = Literal["digits", "photographs", "colour", "grey"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set from labels and headers, without reading a pixel.
+
+    Args:
+        class_names: Name of each class index; empty for a folder of unlabelled images.
+        image_size: Natural side length in pixels.
+        channels: Natural number of channels, 1 or 3.
+        subject: What the images show; decides which augmentations keep the label.
+        main_metric: The metric that the data set is judged by.
+        mean: Per channel, of values in [0, 1].
+        std: Per channel, of values in [0, 1].
+        crop_ratio: Share of the shorter side that evaluation keeps, 1 for images that come in their final size.
+        in_memory: Whether the reader returns pixels instead of paths.
+    """
+
+    class_names: tuple[str, ...]
+    image_size: int
+    channels: int
+    subject: Subject
+    main_metric: Metric = "acc"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop_ratio: float = 1.0
+    in_memory: bool = True
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of one part of a data set.
+
+    Args:
+        ids: Name of each row, unique within the data set.
+        labels: (N,) int64 class indices, -1 for unlabelled.
+        pixels: (N, H, W, C) uint8, or None if the rows are files.
+        paths: Path of each row, or None if the rows are pixels.
+        groups: Rows with the same non-empty name belong together (the same lesion); None if nothing is known.
+        problems: Lines on what was left out while reading, to be said once.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    pixels: np.ndarray | None = None
+    paths: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    problems: tuple[str, ...] = field(default=(), compare=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        """Return the given rows (indices or a mask), in that order."""
+        columns = {name: getattr(self, name) for name in ("ids", "labels", "pixels", "paths", "groups")}
+        return replace(self, **{name: None if column is None else column[rows] for name, column in columns.items()})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Samples"]) -> "Samples":
+        """Put parts of one data set back together."""
+
+        def column(name: str) -> np.ndarray | None:
+            columns = [getattr(part, name) for part in parts]
+            return None if any(values is None for values in columns) else np.concatenate(columns)
+
+        problems = tuple(problem for part in parts for problem in part.problems)
+        names = ("ids", "labels", "pixels", "paths", "groups")
+        return cls(**{name: column(name) for name in names}, problems=problems)
+
+
+class Reader(Protocol):
+    """One data set layout on disk."""
+
+    id_column: str
+    """Name of the first column of a table of predictions."""
+
+    published_split: bool
+    """Whether the parts are those that the publisher fixed, in files whose checksum is known."""
+
+    @property
+    def facts(self) -> Facts:
+        """Labels and headers only; cheap, and the same on every rank."""
+
+    def prepare(self) -> None:
+        """Download what is missing; called on one process, safe on several."""
+
+    def read(self) -> dict[str, Samples]:
+        """Return the parts ``train``, ``val``, ``test`` that the data set defines, or one part ``all``."""
+
+    def predictions(self, ids: Sequence[str], probabilities: np.ndarray) -> "DataFrame":
+        """Put probabilities (N, classes) into the table that the data set's own evaluation reads."""
+
+
+def class_columns(
+    id_column: str, ids: Sequence[str], class_names: Sequence[str], probabilities: np.ndarray
+) -> "DataFrame":
+    """Build the plain table of predictions: the id, then one column of probabilities per class."""
+    import pandas as pd
+
+    table = pd.DataFrame(np.asarray(probabilities), columns=list(class_names))
+    table.insert(0, id_column, list(ids), allow_duplicates=True)
+    return table
+
+
+def existing_folder(root: str | None, layout: str) -> Path:
+    """Return ``root`` as a path to a folder that is there.
+
+    Raises:
+        ValueError: If no root is given.
+        FileNotFoundError: If it does not exist.
+        NotADirectoryError: If it is a file.
+    """
+    if root is None:
+        raise ValueError(f"layout '{layout}' reads a folder: set --data.root to it")
+    folder = Path(root).expanduser()
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"--data.root '{root}' does not exist (looked for {folder.absolute()}); "
+            f"set it to the folder of the data set in layout '{layout}'"
+        )
+    if not folder.is_dir():
+        raise NotADirectoryError(f"--data.root '{root}' is a file; layout '{layout}' needs a folder")
+    return folder
