@@ -1,6 +1,26 @@
 """What cuts across papers: Lightning callbacks that work in any project."""
 
+from callbacks.atomic_files import atomic_bytes, atomic_text, atomic_write
+from callbacks.checkpoint_io import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from callbacks.difficulty_ranking import DifficultyRanking
 from callbacks.ema_target import EMATarget
+from callbacks.exact_resume import ExactResume
+from callbacks.graceful_stop import GracefulStop
+from callbacks.non_finite import NonFiniteGuard, NonFiniteLossError
+from callbacks.step_seed import StepSeed
 
-__all__ = ["DifficultyRanking", "EMATarget"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "CheckpointError",
+    "DifficultyRanking",
+    "EMATarget",
+    "ExactResume",
+    "GracefulStop",
+    "NonFiniteGuard",
+    "NonFiniteLossError",
+    "StepSeed",
+    "atomic_bytes",
+    "atomic_text",
+    "atomic_write",
+    "load_checkpoint",
+]

@@ -1,0 +1,97 @@
+"""Stop at the first NaN or infinite loss, before it reaches the weights."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The training loss or its gradient became NaN or infinite."""
+
+
+class NonFiniteGuard(Callback):
+    """Stop training on all ranks before an optimiser step whose loss or gradients are NaN or infinite.
+
+    The check costs one synchronisation per optimiser step. Gradients are left to the gradient scaler where there is
+    one (``precision: 16-mixed``), as it meets and skips infinite ones in a healthy run.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[NonFiniteGuard()], logger=False, accelerator="cpu")
+
+    Args:
+        gradients: Look at the gradients as well, not only at the loss.
+    """
+
+    def __init__(self, gradients: bool = True) -> None:
+        self.gradients = gradients
+        self._losses: list[tuple[int, Tensor]] = []
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Remember the loss of each batch that goes into the coming step, without waiting for the device."""
+        self._losses.append((trainer.fit_loop.batch_idx, loss.detach().float() * trainer.accumulate_grad_batches))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Check what has been remembered.
+
+        Raises:
+            NonFiniteLossError: On every rank, if one of them met a loss or a gradient that is not finite.
+        """
+        losses, self._losses = self._losses, []
+        if not losses:
+            return
+        # Sums keep NaN and infinity, so one number per rank tells.
+        values = [torch.stack([loss for _, loss in losses]).sum()]
+        if self.gradients and getattr(trainer.precision_plugin, "scaler", None) is None:
+            values.append(_gradient_norm(optimizer, values[0]))
+        found = torch.stack(values)
+        if torch.isfinite(pl_module.all_gather(found)).all():
+            return
+        self._stop(trainer, pl_module, losses, found)
+
+    def _stop(
+        self, trainer: Trainer, pl_module: LightningModule, losses: list[tuple[int, Tensor]], found: Tensor
+    ) -> None:
+        bad = [(batch_idx, loss.item()) for batch_idx, loss in losses if not torch.isfinite(loss)]
+        batch_idx, value = bad[0] if bad else (losses[-1][0], losses[-1][1].item())
+        row = pl_module.all_gather(torch.tensor([batch_idx, value], dtype=torch.float64, device=found.device))
+        rows = row.reshape(-1, 2).tolist()
+        rank = next((rank for rank, (_, loss) in enumerate(rows) if not math.isfinite(loss)), None)
+        what = f"the loss is {rows[rank][1]:g}" if rank is not None else "the loss is finite but its gradient is not,"
+        where = f"epoch {trainer.current_epoch}, batch {int(rows[rank or 0][0])}"
+        if trainer.world_size > 1 and rank is not None:
+            where += f", rank {rank}"
+        raise NonFiniteLossError(
+            f"{what} at step {trainer.global_step} ({where}); training stopped before the weights were "
+            f"updated with it. {_last_good_checkpoint(trainer)} Try a lower learning rate, a longer warm-up or "
+            "trainer.gradient_clip_val, and look for bad values in that batch."
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an interrupted run has left."""
+        self._losses = []
+
+
+def _gradient_norm(optimizer: torch.optim.Optimizer, like: Tensor) -> Tensor:
+    gradients: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).to(like) if gradients else torch.zeros_like(like)
+
+
+def _last_good_checkpoint(trainer: Trainer) -> str:
+    paths = {
+        Path(path)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+        for path in (callback.last_model_path, callback.best_model_path, callback._last_checkpoint_saved)
+        if path and Path(path).is_file()
+    }
+    if not paths:
+        return "No checkpoint has been written yet."
+    return f"The last good checkpoint is {max(paths, key=lambda path: path.stat().st_mtime)}."
