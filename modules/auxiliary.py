@@ -113,7 +113,8 @@ class AuxiliaryObjectives:
         if saved != present:
             raise ValueError(
                 f"cannot resume: the checkpoint trains {saved} tensors and this run {present}, because "
-                f"{_entries(changed)} differ. Resume with the callbacks of the original run, or start a new run from the weights."
+                f"{_entries(changed)} differ. Resume with the callbacks of the original run, or start a new run from "
+                "the weights."
             )
 
 

@@ -63,9 +63,9 @@ class FeatureLearner(AuxiliaryObjectives, LightningModule):
         probe = getattr(self.auxiliary, PROBE, None)
         if probe is None or not bool(probe.fitted):
             raise RuntimeError(
-                "predict: this checkpoint holds no fitted linear probe, so there are no class probabilities. Train with "
-                "the callback FeatureProbes(linear=True) on labelled data, or set model.predict_output: features, or "
-                "fine-tune."
+                "predict: this checkpoint holds no fitted linear probe, so there are no class probabilities. Train it "
+                "with the callback FeatureProbes(linear=True) on labelled data, or set model.predict_output: features, "
+                "or fine-tune."
             )
         return {"index": batch.index, "probabilities": probe.predict_proba(features)}
 

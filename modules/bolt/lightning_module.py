@@ -73,8 +73,8 @@ class BOLT(FeatureLearner):
 
     Two networks receive the same patch tokens under different perturbations, and the online one predicts the projection
     of the target, which follows it as a moving average (callback ``EMATarget(online="online", target="target")``). The
-    difficulty ranking is an auxiliary objective (callback ``DifficultyRanking``). Baselines on the same encoder: BYOL is
-    ``perturb: false`` with two views; SimSiam the same with EMA momentum 0; MoCo v3 the same with ``loss: infonce``.
+    difficulty ranking is an auxiliary objective (callback ``DifficultyRanking``). Baselines on the same encoder: BYOL
+    is ``perturb: false`` with two views; SimSiam the same with EMA momentum 0; MoCo v3 the same with ``loss: infonce``.
 
     The defaults are those of 8x8 digits on a laptop.
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
 
 Projection = Literal["learned", "orthogonal", "none"]
 
@@ -46,8 +48,8 @@ class TokenPerturbation(nn.Module):
     """Displace some tokens, project them, and let every token keep a part of its own channels.
 
     With strength r ~ U(r_min, r_max) per image, K = round(r N) tokens are displaced by pi and token i becomes
-    [T_i[:c] ; (T_pi(i) W + b)[c:]] with c = D - round(g D): our reading of BOLT's "permutation, linear projection, split
-    and fuse". It must act before position embeddings are added, because a Transformer ignores the order of its input.
+    [T_i[:c] ; (T_pi(i) W + b)[c:]] with c = D - round(g D): our reading of BOLT's "permutation, linear projection,
+    split and fuse". It must act before position embeddings are added, because a Transformer ignores the order of its input.
 
     Args:
         dim: D, width of a token.
@@ -114,18 +116,43 @@ class TokenPerturbation(nn.Module):
         """
         if permutation is None:
             permutation = self.sample(tokens.shape[0], tokens.shape[1], generator, tokens.device)
+        own, other = tokens[..., : self.kept], self._projected(tokens)
         copies = permutation.shape[0] // tokens.shape[0]
-        own, other = tokens[..., : self.kept], tokens[..., self.kept :]
-        if self.projection is not None:
-            bias = self.projection.bias
-            rows = slice(self.kept, None)
-            other = nn.functional.linear(tokens, self.projection.weight[rows], None if bias is None else bias[rows])
-        other = _take_tokens(other.repeat(copies, 1, 1), permutation)
-        return torch.cat([own.repeat(copies, 1, 1), other], dim=-1), self.difficulty(permutation)
+        if copies > 1:
+            own, other = own.repeat(copies, 1, 1), other.repeat(copies, 1, 1)
+        return torch.cat([own, take_tokens(other, permutation)], dim=-1), self.difficulty(permutation)
+
+    def _projected(self, tokens: Tensor) -> Tensor:
+        """The replaced channels of T W + b; a projection acts on each token alone, so it may precede the permutation."""
+        if self.projection is None:
+            return tokens[..., self.kept :]
+        bias = self.projection.bias
+        return functional.linear(
+            tokens, self.projection.weight[self.kept :], None if bias is None else bias[self.kept :]
+        )
 
 
-def _take_tokens(tokens: Tensor, permutation: Tensor) -> Tensor:
-    return tokens.gather(1, permutation.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+class _TakeTokens(torch.autograd.Function):
+    """Reorder tokens; the gradient is reordered back by the inverse, several times faster on CPU than a scattered sum."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tokens: Tensor, rows: Tensor, inverse_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, inverse_rows)
+        return tokens.reshape(-1, tokens.shape[-1]).index_select(0, rows).view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, inverse_rows = ctx.saved_tensors
+        return _TakeTokens.apply(gradient, inverse_rows, rows), None, None
+
+
+def take_tokens(tokens: Tensor, permutation: Tensor) -> Tensor:
+    """Tokens (B, N, D) in the order of permutations (B, N): position i receives token pi(i)."""
+    images, positions = permutation.shape
+    start = positions * torch.arange(images, device=permutation.device).unsqueeze(1)
+    rows = (permutation + start).flatten()
+    inverse = torch.empty_like(rows).scatter_(0, rows, torch.arange(rows.numel(), device=rows.device))
+    return _TakeTokens.apply(tokens, rows, inverse)
 
 
 def check_strength(r_min: float, r_max: float, mix: float) -> None:
