@@ -5,6 +5,7 @@ import os
 import random
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -90,23 +91,6 @@ class SeededPipeline:
         return compose
 
 
-class Pipeline:
-    """Names one of the pipelines below; see :func:`transforms`.
-
-    Args:
-        subject: What the images show.
-        strength: ``pretrain`` or ``finetune``.
-        image_size: Side length of the result in pixels.
-    """
-
-    def __init__(self, subject: Subject, strength: Strength, image_size: int) -> None:
-        self.subject, self.strength, self.image_size = subject, strength, image_size
-
-    def __call__(self) -> "list[BasicTransform]":
-        """Build the transforms."""
-        return transforms(self.subject, self.strength, self.image_size)
-
-
 def augmentation(subject: Subject, strength: Strength, image_size: int, whole: bool) -> Augmentation:
     """Return the augmentation of training images.
 
@@ -118,7 +102,7 @@ def augmentation(subject: Subject, strength: Strength, image_size: int, whole: b
     """
     if strength == "none":
         return CentreView(image_size, whole)
-    return SeededPipeline(Pipeline(subject, strength, image_size))
+    return SeededPipeline(partial(transforms, subject, strength, image_size))
 
 
 def transforms(subject: Subject, strength: Strength, image_size: int) -> "list[BasicTransform]":

@@ -157,15 +157,21 @@ def _continue(url: str, part: Path, timeout: float) -> None:
 
 
 def _copy(response: HTTPResponse, part: Path, mode: str) -> None:
-    expected = response.headers.get("Content-Length")
+    from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
+
+    length = response.headers.get("Content-Length")
+    expected = None if length is None else int(length)
     received = 0
-    with open(part, mode) as stream:
+    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
+    with open(part, mode) as stream, Progress(*columns, transient=True) as progress:
+        task = progress.add_task(f"downloading {part.stem}", total=expected)
         while chunk := response.read1(CHUNK):
             stream.write(chunk)
             received += len(chunk)
+            progress.advance(task, len(chunk))
         stream.flush()
         os.fsync(stream.fileno())
-    if expected is not None and received < int(expected):
+    if expected is not None and received < expected:
         raise HTTPException(f"the connection broke after {received} of {expected} bytes")
 
 

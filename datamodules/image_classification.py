@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from datamodules.images import ImageDataModule
+from datamodules.readers.cifar import CIFAR10, CIFAR100, CifarReader
 from datamodules.readers.digits import DigitsReader
 from datamodules.readers.folder import FolderReader
 from datamodules.readers.samples import Reader
@@ -18,6 +19,7 @@ class ImageClassification(ImageDataModule):
         root: Folder of the data set; not needed for ``digits``.
         download: Fetch the CIFAR archive if it is missing.
         verify_md5: Refuse a CIFAR archive whose content is not the published one.
+        mirror: Address of a folder with the CIFAR archive, instead of the author's page.
         **kwargs: See :class:`datamodules.images.ImageDataModule`.
     """
 
@@ -27,6 +29,7 @@ class ImageClassification(ImageDataModule):
         root: str | None = None,
         download: bool = True,
         verify_md5: bool = True,
+        mirror: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -38,4 +41,7 @@ class ImageClassification(ImageDataModule):
             return DigitsReader()
         if options.layout == "folder":
             return FolderReader(options.root, "photographs")
+        if options.layout in ("cifar10", "cifar100"):
+            archive = CIFAR10 if options.layout == "cifar10" else CIFAR100
+            return CifarReader(options.root, archive, options.download, options.verify_md5, options.mirror)
         raise ValueError(f"layout '{options.layout}' is unknown; expected digits, folder, cifar10 or cifar100")

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -87,6 +86,8 @@ class FileStore:
             UnreadableImageError: For the first unreadable file, unless they are skipped.
         """
 
+        nothing = np.empty(0, dtype=np.uint8)
+
         def read(row: int) -> np.ndarray | UnreadableImageError:
             try:
                 image = self[row]
@@ -94,7 +95,7 @@ class FileStore:
                 if not skip_unreadable:
                     raise
                 return error
-            return image if keep else image[:0]
+            return image if keep else nothing
 
         with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
             images = list(pool.map(read, range(len(self))))
@@ -103,17 +104,15 @@ class FileStore:
         kept = MemoryStore([image for image in images if isinstance(image, np.ndarray)]) if keep else None
         return kept, readable, messages
 
-    def warn_about_conversion(self, looked_at: int = 200) -> None:
-        """Say once if files hold another number of channels than the model is given; looks at some headers."""
-        step = max(1, len(self) // looked_at)
-        looked_at_paths = self.paths[::step]
-        grey = sum(is_grey_file(path) for path in looked_at_paths)
-        other = grey if self.channels == 3 else len(looked_at_paths) - grey
-        if other:
-            have, want = ("grey", "three channels") if self.channels == 3 else ("coloured", "one channel")
-            rank_zero_warn(
-                f"{other} of {len(looked_at_paths)} images looked at are {have}; they are converted to {want}"
-            )
+    def conversion(self, looked_at: int = 200) -> str | None:
+        """Look at some headers, and say it if files hold another number of channels than the model is given."""
+        paths = self.paths[:: max(1, len(self) // looked_at)]
+        grey = sum(is_grey_file(path) for path in paths)
+        other = grey if self.channels == 3 else len(paths) - grey
+        if not other:
+            return None
+        have, want = ("grey", "three channels") if self.channels == 3 else ("coloured", "one channel")
+        return f"{other} of {len(paths)} images looked at are {have}; they are converted to {want}"
 
 
 class ImageDataset(Dataset[Sample]):

@@ -1,6 +1,7 @@
 """The LightningDataModule behind every image data set: splits, label subsets, caching, loaders, predictions."""
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -63,7 +64,8 @@ class ImageDataModule(LightningDataModule):
         cache: ``ram`` decodes every file once and keeps it as uint8; ``none`` decodes anew each time; ``auto`` keeps
             files in memory up to 1 GiB. Each process of a distributed run has its own memory.
         on_error: What to do with an unreadable image: ``raise``, or ``skip`` it, which reads every file at the start.
-        crop_border: Cut black borders away before resizing, as around a fundus photograph.
+        crop_border: Cut black borders away before resizing, as around a fundus photograph; None where the data set has
+            them.
         drop_last: Leave out the last, smaller training batch; None does so in pre-training, and elsewhere only if it
             would hold a single image.
         predict_split: Which part ``predict`` runs on.
@@ -97,7 +99,7 @@ class ImageDataModule(LightningDataModule):
         allow_leakage: bool = False,
         cache: Literal["auto", "ram", "none"] = "auto",
         on_error: Literal["raise", "skip"] = "raise",
-        crop_border: bool = False,
+        crop_border: bool | None = None,
         drop_last: bool | None = None,
         predict_split: Literal["train", "val", "test"] = "test",
         predict_path: str | None = None,
@@ -111,6 +113,7 @@ class ImageDataModule(LightningDataModule):
         self.reader = self.make_reader()
         self._parts: dict[str, Samples] | None = None
         self._stores: dict[str, ImageStore] = {}
+        self._said: set[str] = set()
         self._predict_samples: Samples | None = None
         self._check_normalisation()
 
@@ -188,7 +191,8 @@ class ImageDataModule(LightningDataModule):
     def train_dataset(self) -> ImageDataset:
         """The augmented training images, without a loader."""
         pretrain = self.hparams.augment == "pretrain"
-        labels, chosen = self._part("train").labels, self._labelled_rows()
+        chosen = self._labelled_rows()
+        labels = self._part("train").labels
         if pretrain:
             labels = np.where(np.isin(np.arange(len(labels)), chosen), labels, -1)
         return ImageDataset(
@@ -213,8 +217,15 @@ class ImageDataModule(LightningDataModule):
         return self._evaluation_loader("predict")
 
     def probe_dataloader(self) -> DataLoader:
-        """Training images whose labels may be used, as they are and in fixed order; what probes are fitted on."""
-        return self._evaluation_loader("train", self._labelled_rows())
+        """Training images whose labels may be used, as they are and in fixed order; what probes are fitted on.
+
+        Raises:
+            ValueError: If no training image has a label.
+        """
+        rows = self._labelled_rows()
+        if not len(rows):
+            raise ValueError("no training image has a label, so no probe can be fitted; take the probe callbacks out")
+        return self._evaluation_loader("train", rows)
 
     def sample_ids(self, split: str | None = None) -> list[str]:
         """Return the id of each row of a split.
@@ -242,21 +253,30 @@ class ImageDataModule(LightningDataModule):
     # Parts of the data set
 
     def _part(self, part: str) -> Samples:
-        if part == "predict":
-            return self._predicted()
+        name = self._resolve(part)
+        if name == "predict":
+            if self._predict_samples is None:
+                self._predict_samples = self._unlabelled(self.hparams.predict_path)
+            return self._predict_samples
+        if name not in self._found:
+            have = ", ".join(self._found)
+            raise ValueError(f"the data set has no part '{name}', only {have}; add it, or set --data.split grouped")
+        return self._found[name]
+
+    @property
+    def _found(self) -> dict[str, Samples]:
         if self._parts is None:
             self._parts = self._split()
-        if part not in self._parts:
-            have = ", ".join(self._parts)
-            raise ValueError(f"the data set has no part '{part}', only {have}; add it, or set --data.split grouped")
-        return self._parts[part]
+        return self._parts
 
-    def _predicted(self) -> Samples:
-        if self.hparams.predict_path is None:
-            return self._part(self.hparams.predict_split)
-        if self._predict_samples is None:
-            self._predict_samples = self._unlabelled(self.hparams.predict_path)
-        return self._predict_samples
+    def _resolve(self, part: str) -> str:
+        """Follow ``predict`` to the part it runs on, and ``test`` to the validation part if there is no other."""
+        if part == "predict" and self.hparams.predict_path is None:
+            part = self.hparams.predict_split
+        if part == "test" and "test" not in self._found and "val" in self._found:
+            self._warn_once("the validation part stands in for the missing test part, so test results are optimistic")
+            return "val"
+        return part
 
     def _unlabelled(self, path: str) -> Samples:
         folder = existing_folder(path, "of images to predict")
@@ -282,12 +302,10 @@ class ImageDataModule(LightningDataModule):
             raise ValueError("--data.split given: this data set comes without a split; set auto, grouped or random")
         if "all" in found or split in ("grouped", "random"):
             return self._new_split(Samples.concatenate(list(found.values())), self.hparams.test_fraction)
-        if "val" not in found and {"train", "test"} <= set(found):
+        if "train" in found and "val" not in found:
             rank_zero_info(f"no validation part: {self.hparams.val_fraction:.0%} of the training part is set aside")
-            return {**found, **self._new_split(found["train"], 0.0)}
-        if "test" not in found and "val" in found:
-            rank_zero_warn("no test part: the validation part stands in for it, so test results are optimistic")
-            return {**found, "test": found["val"]}
+            test = 0.0 if "test" in found else self.hparams.test_fraction
+            return {**found, **self._new_split(found["train"], test)}
         return found
 
     def _new_split(self, samples: Samples, test: float) -> dict[str, Samples]:
@@ -297,7 +315,7 @@ class ImageDataModule(LightningDataModule):
         else:
             groups = merge_groups(samples.groups, _identical(samples).values(), len(samples))
             rows = grouped_split(samples.labels, groups, val, test, seed)
-        return {part: samples.take(rows[part]) for part in PARTS if len(rows[part]) or part != "test" or test}
+        return {part: samples.take(rows[part]) for part in PARTS if part != "test" or test}
 
     def _without_unlabelled(self, parts: dict[str, Samples]) -> dict[str, Samples]:
         """Pre-training takes images without a label; everything else cannot use them."""
@@ -317,7 +335,7 @@ class ImageDataModule(LightningDataModule):
             return parts
         examples = "; ".join(found[:3])
         text = f"{len(found)} images or groups are in more than one split, such as {examples}"
-        if self.reader.published_split:
+        if self.reader.published_split and self.hparams.split in ("auto", "given"):
             rank_zero_warn(f"{text}; this is so in the published data set and is left as it is")
         elif self.hparams.allow_leakage:
             rank_zero_warn(f"{text}; used as they are, as allow_leakage is set")
@@ -326,38 +344,41 @@ class ImageDataModule(LightningDataModule):
         return parts
 
     def _check_train_part(self) -> None:
-        check_classes({part: samples.labels for part, samples in self._parts.items()}, self.class_names)
+        check_classes({part: samples.labels for part, samples in self._found.items()}, self.class_names)
         self._labelled_rows()
 
     def _labelled_rows(self) -> np.ndarray:
         options = self.hparams
+        self._store("train")  # may leave unreadable images out
         labels = self._part("train").labels
         return labelled_rows(labels, options.label_fraction, options.labels_per_class, options.label_seed)
 
     # Images
 
     def _store(self, part: str) -> ImageStore:
-        if part == "predict" and self.hparams.predict_path is None:
-            part = self.hparams.predict_split
-        if part not in self._stores:
-            samples = self._part(part)
-            self._stores[part] = self._pixels(samples) if samples.paths is None else self._files(part, samples)
-        return self._stores[part]
+        name = self._resolve(part)
+        if name not in self._stores:
+            samples = self._part(name)
+            self._stores[name] = self._pixels(samples) if samples.paths is None else self._files(name, samples)
+        return self._stores[name]
 
     def _pixels(self, samples: Samples) -> MemoryStore:
         have, want = samples.pixels.shape[3], self.in_channels
         if have == want:
             return MemoryStore(samples.pixels)
-        rank_zero_warn(f"images with {have} channel(s) are converted to the {want} that the model is given")
+        self._warn_once(f"images with {have} channel(s) are converted to the {want} that the model is given")
         if want == 3:
             return MemoryStore(samples.pixels)
         return MemoryStore(_luminance(samples.pixels))
 
     def _files(self, part: str, samples: Samples) -> ImageStore:
         shorter_side = round(self.image_size / self.reader.facts.crop_ratio)
-        store = FileStore(samples.paths.tolist(), self.in_channels, shorter_side, self.hparams.crop_border)
-        store.warn_about_conversion()
-        keep, skip = self._keeps(len(store), shorter_side), self.hparams.on_error == "skip"
+        chosen = self.hparams.crop_border
+        crop_border = self.reader.facts.crop_border if chosen is None else chosen
+        store = FileStore(samples.paths.tolist(), self.in_channels, shorter_side, crop_border)
+        if conversion := store.conversion():
+            self._warn_once(conversion, topic="conversion")
+        keep, skip = self._keeps(part, len(store), shorter_side), self.hparams.on_error == "skip"
         if not keep and not skip:
             return store
         kept, readable, messages = store.read_all(keep, skip)
@@ -376,9 +397,16 @@ class ImageDataModule(LightningDataModule):
             self._parts[part] = samples
         return samples
 
-    def _keeps(self, count: int, side: int) -> bool:
-        expected = count * side * side * self.in_channels * 4 // 3
-        return self.hparams.cache == "ram" or (self.hparams.cache == "auto" and expected <= CACHE_LIMIT)
+    def _keeps(self, part: str, count: int, side: int) -> bool:
+        """Whether to hold a part in memory; by itself only if it is read again and again, and small."""
+        if self.hparams.cache != "auto":
+            return self.hparams.cache == "ram"
+        return part in ("train", "val") and count * side * side * self.in_channels * 4 // 3 <= CACHE_LIMIT
+
+    def _warn_once(self, text: str, topic: str | None = None) -> None:
+        if (topic or text) not in self._said:
+            self._said.add(topic or text)
+            rank_zero_warn(text)
 
     def _training_view(self) -> Augmentation:
         facts = self.reader.facts
@@ -478,17 +506,16 @@ def _identical(samples: Samples) -> dict[str, list[int]]:
     """Content -> rows, for images that occur more than once."""
     if samples.paths is not None:
         return same_content(samples.paths.tolist())
-    by_content: dict[bytes, list[int]] = {}
+    by_content: dict[str, list[int]] = {}
     for row, image in enumerate(samples.pixels):
-        by_content.setdefault(image.tobytes(), []).append(row)
-    return {f"image-{rows[0]}": rows for rows in by_content.values() if len(rows) > 1}
+        by_content.setdefault(blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest(), []).append(row)
+    return {content: rows for content, rows in by_content.items() if len(rows) > 1}
 
 
 def _shared_between(parts: dict[str, Samples]) -> dict[str, list[tuple[str, str]]]:
-    """Content or group -> the (part, id) of its rows, over parts that are different samples."""
-    distinct = {id(samples): (part, samples) for part, samples in parts.items()}
-    owners = [(part, name) for part, samples in distinct.values() for name in samples.ids.tolist()]
-    everything = Samples.concatenate([samples for _, samples in distinct.values()])
+    """Content or group -> the (part, id) of each of its rows."""
+    owners = [(part, name) for part, samples in parts.items() for name in samples.ids.tolist()]
+    everything = Samples.concatenate(list(parts.values()))
     shared = {content: [owners[row] for row in rows] for content, rows in _identical(everything).items()}
     if everything.groups is not None:
         for owner, group in zip(owners, everything.groups.tolist(), strict=True):

@@ -69,8 +69,8 @@ class FolderReader:
             parts: dict[str, list[Samples]] = {}
             for folder, part in self._part_folders.items():
                 parts.setdefault(part, []).append(self._read_classes(self.root / folder))
-            return {part: Samples.concatenate(found) for part, found in parts.items()}
-        return {"all": self._read_classes(self.root)}
+            return self._without_empty_class({part: Samples.concatenate(found) for part, found in parts.items()})
+        return self._without_empty_class({"all": self._read_classes(self.root)})
 
     def predictions(self, ids: Sequence[str], probabilities: np.ndarray) -> "DataFrame":
         """Return ``path`` and one column per class."""
@@ -139,23 +139,27 @@ class FolderReader:
         return {part: everything.take(np.flatnonzero(parts == part)) for part in dict.fromkeys(parts)}
 
     def _read_classes(self, parent: Path) -> Samples:
-        """Read the classes below ``parent``; images that lie next to the class folders are unlabelled."""
+        """Read the classes below ``parent``, or the images in it if there is no class at all."""
         names = self.facts.class_names
-        files: list[Path] = []
-        labels: list[int] = []
-        for folder in list_folders(parent):
-            found = list_images(folder)
-            files += found
-            labels += [names.index(folder.name)] * len(found)
-        loose = sorted(path for path in parent.iterdir() if path.is_file() and is_image(path.name))
-        files, labels = files + loose, labels + [-1] * len(loose)
-        if not files:
+        labelled = [(file, names.index(folder.name)) for folder in list_folders(parent) for file in list_images(folder)]
+        found = labelled or [(file, -1) for file in self._loose_images()]
+        if not found:
             raise self._nothing_found()
+        files = [file for file, _ in found]
         return Samples(
             ids=np.array([file.relative_to(self.root).as_posix() for file in files]),
-            labels=np.array(labels, dtype=np.int64),
+            labels=np.array([label for _, label in found], dtype=np.int64),
             paths=np.array([str(file) for file in files]),
         )
+
+    def _without_empty_class(self, parts: dict[str, Samples]) -> dict[str, Samples]:
+        seen = {label for samples in parts.values() for label in samples.labels.tolist()}
+        empty = [name for label, name in enumerate(self.facts.class_names) if label not in seen]
+        if empty:
+            raise FileNotFoundError(
+                f"{self.root}: no image in class folder(s) {', '.join(empty)}; fill or remove the folder(s)"
+            )
+        return parts
 
     def _nothing_found(self) -> FileNotFoundError:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))

@@ -207,9 +207,10 @@ class MedMNISTReader:
         download: Fetch a missing archive of the collection.
         verify_md5: Refuse an archive of the collection whose content is not the published one.
         mirror: Address of a folder with the archives, instead of Zenodo.
+        class_names: Names of the class indices, for a file of one's own; None for those of the collection, or numbers.
 
     Raises:
-        ValueError: If the size is not published.
+        ValueError: If the size is not published, or the names do not fit the labels.
         FileNotFoundError: If there is no such file, and no such data set in the collection to download.
     """
 
@@ -223,6 +224,7 @@ class MedMNISTReader:
         download: bool = True,
         verify_md5: bool = True,
         mirror: str | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         if size not in SIZES:
             raise ValueError(f"medmnist_size is {size}, expected one of {', '.join(map(str, SIZES))}")
@@ -230,6 +232,7 @@ class MedMNISTReader:
         file_name = f"{name}.npz" if size == SIZES[0] else f"{name}_{size}.npz"
         self.name, self.size, self.path = name, size, folder / file_name
         self.published = CATALOGUE.get(name)
+        self.class_names = None if class_names is None else tuple(class_names)
         self.published_split = verify_md5 and self.published is not None
         self.download = download
         if self.published is not None:
@@ -241,12 +244,20 @@ class MedMNISTReader:
     def facts(self) -> Facts:
         """From the catalogue, otherwise from the headers and labels of the file."""
         if self.published is not None:
-            return _facts(self.published.class_names, self.size, self.published.channels)
+            names, size, channels = self.published.class_names, self.size, self.published.channels
+        else:
+            names, size, channels = self._look()
+        if self.class_names is not None and len(self.class_names) != len(names):
+            raise ValueError(f"class_names has {len(self.class_names)} names, but {self.path} has {len(names)} classes")
+        return _facts(self.class_names or names, size, channels)
+
+    def _look(self) -> tuple[tuple[str, ...], int, int]:
+        """Class names, side length and channels of a file of one's own."""
         with self._open() as archive:
             shape = _image_shape(archive, "train_images.npy", self.path)
             top = max(int(self._labels(archive, part).max(initial=0)) for part in PARTS)
         channels = shape[3] if len(shape) == 4 else 1
-        return _facts(tuple(str(label) for label in range(top + 1)), shape[1], channels)
+        return tuple(str(label) for label in range(top + 1)), shape[1], channels
 
     def prepare(self) -> None:
         """Download the archive if it is missing, and check its sum."""

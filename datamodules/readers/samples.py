@@ -1,7 +1,7 @@
 """What a reader of a data set returns: cheap facts, and samples as pixels or as paths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Metric = Literal["acc", "balanced_acc", "kappa"]
 Subject = Literal["digits", "photographs", "colour", "grey"]
 
+COLUMNS = ("ids", "labels", "pixels", "paths", "groups")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -30,6 +31,7 @@ class Facts:
         std: Per channel, of values in [0, 1].
         crop_ratio: Share of the shorter side that evaluation keeps, 1 for images that come in their final size.
         in_memory: Whether the reader returns pixels instead of paths.
+        crop_border: Whether the images have black borders that are better cut away.
     """
 
     class_names: tuple[str, ...]
@@ -41,6 +43,7 @@ class Facts:
     std: tuple[float, ...] = IMAGENET_STD
     crop_ratio: float = 1.0
     in_memory: bool = True
+    crop_border: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,6 @@ class Samples:
         pixels: (N, H, W, C) uint8, or None if the rows are files.
         paths: Path of each row, or None if the rows are pixels.
         groups: Rows with the same non-empty name belong together (the same lesion); None if nothing is known.
-        problems: Lines on what was left out while reading, to be said once.
     """
 
     ids: np.ndarray
@@ -61,14 +63,13 @@ class Samples:
     pixels: np.ndarray | None = None
     paths: np.ndarray | None = None
     groups: np.ndarray | None = None
-    problems: tuple[str, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, rows: np.ndarray) -> "Samples":
         """Return the given rows (indices or a mask), in that order."""
-        columns = {name: getattr(self, name) for name in ("ids", "labels", "pixels", "paths", "groups")}
+        columns = {name: getattr(self, name) for name in COLUMNS}
         return replace(self, **{name: None if column is None else column[rows] for name, column in columns.items()})
 
     @classmethod
@@ -79,9 +80,7 @@ class Samples:
             columns = [getattr(part, name) for part in parts]
             return None if any(values is None for values in columns) else np.concatenate(columns)
 
-        problems = tuple(problem for part in parts for problem in part.problems)
-        names = ("ids", "labels", "pixels", "paths", "groups")
-        return cls(**{name: column(name) for name in names}, problems=problems)
+        return cls(**{name: column(name) for name in COLUMNS})
 
 
 class Reader(Protocol):
