@@ -12,7 +12,7 @@ from modules.auxiliary import BranchPair
 from modules.bolt.feature_learner import FeatureLearner, PredictOutput
 from modules.bolt.heads import MLPHead
 from modules.bolt.losses import cosine_consistency, info_nce, normalised_std
-from modules.bolt.perturbation import Projection, TokenPerturbation
+from modules.bolt.perturbation import Projection, TokenPerturbation, take_patches
 from modules.encoders import (
     SMALL_VIT,
     SMALL_VIT_OPTIONS,
@@ -24,6 +24,7 @@ from modules.encoders import (
 from modules.optimization import OptimizerName, ScheduleName
 
 COPIES = 2
+SHOWN_IMAGES = 8
 
 
 class BranchOutput(NamedTuple):
@@ -204,6 +205,38 @@ class BOLT(FeatureLearner):
         )
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
         return {"loss": loss, "loss_consistency": consistency.detach(), "z_std": spread}
+
+    @torch.no_grad()
+    def pictures(self, batch: Any) -> dict[str, list[tuple[Tensor, str]]]:
+        """Patch layouts as the two branches would receive them: each patch shows g parts of the displaced one.
+
+        Args:
+            batch: its first images are shown.
+
+        Returns:
+            Under ``perturbed/online`` and ``perturbed/target``: pictures (3, H, W) in [0, 1] with their difficulty.
+        """
+        perturbation = self.online.perturbation
+        if perturbation is None:
+            return {}
+        images = batch.images[:SHOWN_IMAGES]
+        generator = Generator(images.device).manual_seed(0)
+        permutation = self.sample_permutations(images, generator)
+        patch_size = self.online.encoder.patch_embed.patch_size
+        shown = self._displayable(images).repeat(COPIES, 1, 1, 1)
+        layouts = torch.lerp(shown, take_patches(shown, permutation, patch_size), perturbation.mix)
+        captions = [f"difficulty {value:.2f}" for value in perturbation.difficulty(permutation).tolist()]
+        pairs = list(zip(layouts, captions, strict=True))
+        return {"perturbed/online": pairs[: len(images)], "perturbed/target": pairs[len(images) :]}
+
+    def _displayable(self, images: Tensor) -> Tensor:
+        denormalize = getattr(getattr(self._trainer, "datamodule", None), "denormalize", None)
+        if denormalize is not None:
+            images = denormalize(images)
+        else:
+            low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+            images = (images - low) / (high - low).clamp(min=1e-6)
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
     def consistency(self, prediction: Tensor, projection: Tensor) -> Tensor:
         """Sum over both directions of the loss between predictions u and projections z' of the *other* view.

@@ -49,7 +49,7 @@ class TokenPerturbation(nn.Module):
 
     With strength r ~ U(r_min, r_max) per image, K = round(r N) tokens are displaced by pi and token i becomes
     [T_i[:c] ; (T_pi(i) W + b)[c:]] with c = D - round(g D): our reading of BOLT's "permutation, linear projection,
-    split and fuse". It must act before position embeddings are added, because a Transformer ignores the order of its input.
+    split and fuse". It must act before position embeddings are added: a Transformer ignores the order of its input.
 
     Args:
         dim: D, width of a token.
@@ -123,7 +123,7 @@ class TokenPerturbation(nn.Module):
         return torch.cat([own, take_tokens(other, permutation)], dim=-1), self.difficulty(permutation)
 
     def _projected(self, tokens: Tensor) -> Tensor:
-        """The replaced channels of T W + b; a projection acts on each token alone, so it may precede the permutation."""
+        """Replaced channels of T W + b; a projection acts on each token alone, so it may precede the permutation."""
         if self.projection is None:
             return tokens[..., self.kept :]
         bias = self.projection.bias
@@ -133,7 +133,7 @@ class TokenPerturbation(nn.Module):
 
 
 class _TakeTokens(torch.autograd.Function):
-    """Reorder tokens; the gradient is reordered back by the inverse, several times faster on CPU than a scattered sum."""
+    """Reorder tokens; the gradient is reordered by the inverse, on CPU several times faster than a scattered sum."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, tokens: Tensor, rows: Tensor, inverse_rows: Tensor) -> Tensor:
@@ -153,6 +153,13 @@ def take_tokens(tokens: Tensor, permutation: Tensor) -> Tensor:
     rows = (permutation + start).flatten()
     inverse = torch.empty_like(rows).scatter_(0, rows, torch.arange(rows.numel(), device=rows.device))
     return _TakeTokens.apply(tokens, rows, inverse)
+
+
+def take_patches(images: Tensor, permutation: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) with their patches in the order of permutations (B, N), to show what a permutation does."""
+    patches = functional.unfold(images, kernel_size=patch_size, stride=patch_size)
+    patches = patches.gather(2, permutation.unsqueeze(1).expand(-1, patches.shape[1], -1))
+    return functional.fold(patches, output_size=images.shape[-2:], kernel_size=patch_size, stride=patch_size)
 
 
 def check_strength(r_min: float, r_max: float, mix: float) -> None:

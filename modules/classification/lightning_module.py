@@ -1,0 +1,271 @@
+"""Image classification with any timm model: from scratch, fine-tuned, or a linear layer on frozen features."""
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modules.auxiliary import AuxiliaryObjectives
+from modules.classification.class_weights import ClassWeight, class_weights, count_classes
+from modules.classification.metrics import METRIC_NAMES, classification_metrics
+from modules.encoders import SMALL_VIT, SMALL_VIT_OPTIONS, PosEmbed, create_network, fix_sincos_positions
+from modules.optimization import (
+    OptimizerName,
+    ScheduleName,
+    build_optimizer,
+    check_optimization,
+    layer_decay_groups,
+    parameter_groups,
+    scaled_lr,
+    with_schedule,
+)
+from modules.pretrained_weights import Which, classifier_names, load_weights, network_weights
+
+
+class ImageClassifier(AuxiliaryObjectives, LightningModule):
+    """A timm model with a linear classifier.
+
+    ``init_from`` starts from pre-trained weights (fine-tuning); with ``freeze`` only a linear layer on standardised
+    features is trained (linear evaluation); without both it is the ``scratch`` baseline.
+
+    Args:
+        encoder: timm model name.
+        encoder_options: arguments that change the named model (null or {} for none).
+        num_classes: C.
+        class_names: for messages; indices otherwise.
+        image_size: side of the input in pixels.
+        in_channels: channels of the input.
+        main_metric: which metric is logged as ``val/main`` too: acc, balanced_acc, kappa, macro_f1, macro_precision or
+            auroc.
+        init_from: file with weights: a checkpoint of this suite, a timm state dictionary, or safetensors. Read when a
+            new training run starts; the classifier is not taken from it.
+        which: branch of a checkpoint with two networks: ``online`` or ``target``.
+        freeze: train only the classifier.
+        pos_embed: ``learned`` (trained, also where it comes from a file) or ``sincos`` (fixed; for ViTs).
+        dropout: before the classifier.
+        drop_path: stochastic depth of the last block, rising linearly from 0.
+        label_smoothing: in [0, 1).
+        class_weight: ``none``, ``inverse`` or ``effective`` weights in the training loss.
+        layer_decay: factor of the learning rate per layer from the classifier down; 1 for none.
+        optimizer: ``adamw``, ``sgd`` or ``lars``.
+        lr: peak learning rate.
+        lr_reference_batch: batch size that ``lr`` is meant for, scaled linearly to the global batch; null: no scaling.
+        weight_decay: not applied to biases, norms, position embedding and class token.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        momentum: of SGD and LARS.
+        schedule: after the warm-up, ``cosine`` to zero or ``constant``.
+        warmup_epochs: linear warm-up; null for a tenth of the run, at most 40 epochs.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    def __init__(
+        self,
+        encoder: str = SMALL_VIT,
+        encoder_options: dict[str, Any] | None = SMALL_VIT_OPTIONS,
+        num_classes: int = 10,
+        class_names: list[str] | None = None,
+        image_size: int = 8,
+        in_channels: int = 1,
+        main_metric: str = "acc",
+        init_from: str | None = None,
+        which: Which = "online",
+        freeze: bool = False,
+        pos_embed: PosEmbed = "learned",
+        dropout: float = 0.0,
+        drop_path: float = 0.1,
+        label_smoothing: float = 0.1,
+        class_weight: ClassWeight = "none",
+        layer_decay: float = 0.75,
+        optimizer: OptimizerName = "adamw",
+        lr: float = 5e-4,
+        lr_reference_batch: int | None = 256,
+        weight_decay: float = 0.05,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        momentum: float = 0.9,
+        schedule: ScheduleName = "cosine",
+        warmup_epochs: float | None = 5,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self._check_settings()
+        options = {"drop_rate": dropout or None, "drop_path_rate": drop_path or None, **(encoder_options or {})}
+        self.network = create_network(encoder, image_size, in_channels, num_classes, options)
+        if pos_embed == "sincos":
+            fix_sincos_positions(self.network)
+        self.standardise: nn.Module | None = None
+        if freeze:
+            self._freeze()
+        self.register_buffer("class_weights", torch.ones(num_classes))
+        self.val_metrics = classification_metrics(num_classes, "val/", class_names)
+        self.test_metrics = classification_metrics(num_classes, "test/", class_names)
+        self.init_auxiliary()
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features that the classifier reads."""
+        return self._classifier().in_features
+
+    def setup(self, stage: str) -> None:
+        """Take pre-trained weights at the start of a new training run; a resumed one brings its own."""
+        if stage == "fit" and self.hparams.init_from and self.trainer.ckpt_path is None:
+            self.load_pretrained()
+
+    def load_pretrained(self) -> None:
+        """Copy the weights of ``init_from`` into the network.
+
+        Raises:
+            FileNotFoundError: if the file is not there.
+            ValueError: if it does not fit, naming the tensors.
+        """
+        weights = network_weights(self.hparams.init_from, self.network, self.hparams.which)
+        load_weights(self.network, weights)
+        rank_zero_info(f"Weights of the network taken from {self.hparams.init_from}.")
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        """A frozen network stays in evaluation mode."""
+        super().train(mode)
+        if self.standardise is not None:
+            self.network.eval()
+        return self
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """What the classifier reads, (B, D), before dropout is of effect in evaluation mode."""
+        return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of normalised images (B, channels, H, W)."""
+        if self.standardise is None:
+            return self.network(images)
+        with torch.no_grad():
+            features = self.extract_features(images)
+        features = functional.dropout(self.standardise(features), self.hparams.dropout, self.training)
+        return self._classifier()(features)
+
+    def deployable_network(self) -> nn.Module:
+        """A copy of the timm model for evaluation, images -> logits; its classifier includes the standardisation."""
+        network = copy.deepcopy(self.network).eval()
+        if self.standardise is not None:
+            _fold(self.standardise, network.get_submodule(classifier_names(network)[0]))
+        return network
+
+    def on_train_start(self) -> None:
+        """Weigh the classes by their number of training samples."""
+        if self.hparams.class_weight != "none":
+            counts = count_classes(self.trainer.train_dataloader.dataset, self.hparams.num_classes)
+            self.class_weights.copy_(class_weights(counts, self.hparams.class_weight))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Cross-entropy with label smoothing and class weights."""
+        logits = self(batch.images).float()
+        loss = functional.cross_entropy(
+            logits,
+            batch.labels,
+            weight=self.class_weights,
+            label_smoothing=self.hparams.label_smoothing,
+            ignore_index=-1,
+        )
+        accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
+        self.log_epoch({"train/loss": loss, "train/acc": accuracy}, batch_size=len(logits))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        return {"loss": loss}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Update the metrics with labelled images; return all probabilities."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Same as the validation step."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Probabilities (B, C) and index."""
+        return {"index": batch.index, "probabilities": self(batch.images).float().softmax(1)}
+
+    def _evaluate(self, batch: Any, stage: str) -> dict[str, Tensor]:
+        logits = self(batch.images).float()
+        probabilities = logits.softmax(1)
+        labelled = batch.labels >= 0
+        if labelled.any():
+            loss = functional.cross_entropy(logits[labelled], batch.labels[labelled])
+            self.log_epoch({f"{stage}/loss": loss}, batch_size=int(labelled.sum()))
+            self._metrics(stage).update(probabilities[labelled], batch.labels[labelled])
+        return {"probabilities": probabilities, "labels": batch.labels, "index": batch.index}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics and, as ``val/main``, the main one."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics and, as ``test/main``, the main one."""
+        self._log_metrics("test")
+
+    def _metrics(self, stage: str) -> nn.Module:
+        return self.val_metrics if stage == "val" else self.test_metrics
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics = self._metrics(stage)
+        if self.trainer.world_size == 1 and not metrics["acc"].update_called:
+            rank_zero_warn(f"{stage}: no labelled image, so there are no metrics.")
+            return
+        values = metrics.compute()
+        values[f"{stage}/main"] = values[f"{stage}/{self.hparams.main_metric}"]
+        self.log_dict(values, sync_dist=True)
+        metrics.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Optimizer with learning rates that fall towards the first layer, warm-up and schedule."""
+        settings = self.hparams
+        lr = scaled_lr(self.trainer, settings.lr, settings.lr_reference_batch)
+        if settings.layer_decay < 1 and not settings.freeze:
+            groups = layer_decay_groups(self.network, settings.weight_decay, lr, settings.layer_decay)
+            groups += parameter_groups(self.auxiliary.named_parameters(), settings.weight_decay)
+        else:
+            groups = parameter_groups(self.named_parameters(), settings.weight_decay)
+        betas = (settings.beta1, settings.beta2)
+        optimizer = build_optimizer(groups, settings.optimizer, lr, betas=betas, momentum=settings.momentum)
+        return with_schedule(self, optimizer, settings.schedule, settings.warmup_epochs)
+
+    def _classifier(self) -> nn.Module:
+        return self.network.get_classifier()
+
+    def _freeze(self) -> None:
+        classifier = self._classifier()
+        if not isinstance(classifier, nn.Linear):
+            raise ValueError(
+                f"freeze: {self.hparams.encoder} has a {type(classifier).__name__} as classifier; "
+                "linear evaluation needs a model with one Linear layer"
+            )
+        self.network.requires_grad_(False)
+        classifier.requires_grad_(True)
+        self.standardise = nn.BatchNorm1d(classifier.in_features, affine=False)
+
+    def _check_settings(self) -> None:
+        settings = self.hparams
+        check_optimization(settings.lr, settings.weight_decay, settings.warmup_epochs, settings.lr_reference_batch)
+        for field in ("dropout", "drop_path", "label_smoothing"):
+            if not 0 <= settings[field] < 1:
+                raise ValueError(f"{field}: {settings[field]} is outside [0, 1)")
+        if not 0 < settings.layer_decay <= 1:
+            raise ValueError(f"layer_decay: {settings.layer_decay} is outside (0, 1]")
+        if settings.num_classes < 2:
+            raise ValueError(f"num_classes: {settings.num_classes} is below 2; classification needs labelled classes")
+        if settings.main_metric not in METRIC_NAMES:
+            raise ValueError(f"main_metric: {settings.main_metric!r} is unknown; expected {', '.join(METRIC_NAMES)}")
+        names = settings.class_names
+        if names is not None and len(names) != settings.num_classes:
+            raise ValueError(f"class_names: {len(names)} names for {settings.num_classes} classes")
+
+
+@torch.no_grad()
+def _fold(norm: nn.BatchNorm1d, linear: nn.Linear) -> None:
+    scale = (norm.running_var + norm.eps).rsqrt()
+    linear.weight.mul_(scale)
+    linear.bias.sub_(linear.weight @ norm.running_mean)

@@ -1,0 +1,162 @@
+"""Weights from files into image networks: checkpoints of this suite, timm state dictionaries, safetensors."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+Which = Literal["online", "target"]
+
+WRAPPERS = ("state_dict", "model", "model_state_dict")
+PREFIXES = ("encoder.", "network.", "backbone.", "model.", "module.", "")
+SHOWN = 5
+
+
+class NetworkWeights(NamedTuple):
+    """Tensors under the names that a timm model gives them, and where they come from.
+
+    Args:
+        tensors: name -> tensor.
+        source: the file, for messages.
+        made_by: hyper-parameters of the module that wrote the file; empty if it does not tell.
+    """
+
+    tensors: dict[str, Tensor]
+    source: str
+    made_by: dict[str, Any]
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and hyper-parameters in a .ckpt, .pth, .pt, .bin or .safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read or holds no dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"init_from: there is no file {path}")
+    try:
+        content = _read(path)
+    except Exception as error:
+        raise ValueError(f"init_from: {path} cannot be read as a weights file: {error}") from error
+    hyper_parameters = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"init_from: {path} holds no dictionary of tensors (a state_dict)")
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}, dict(hyper_parameters)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def network_weights(path: str | Path, network: nn.Module, which: Which = "online") -> NetworkWeights:
+    """The part of a file that belongs to a network.
+
+    Args:
+        path: see :func:`read_weights`.
+        network: tells which names to expect.
+        which: branch of a checkpoint with two networks; of no effect on other files.
+
+    Raises:
+        ValueError: if no part of the file has names of this network.
+    """
+    tensors, made_by = read_weights(path)
+    has_branches = any(key.startswith(("online.", "target.")) for key in tensors)
+    prefixes = [f"{which}.{prefix}" for prefix in PREFIXES] if has_branches else list(PREFIXES)
+    expected = set(network.state_dict()) - _classifier_keys(network)
+    found = {
+        prefix: {key[len(prefix) :] for key in tensors if key.startswith(prefix)} & expected for prefix in prefixes
+    }
+    prefix = max(prefixes, key=lambda candidate: len(found[candidate]))
+    if not found[prefix]:
+        tops = sorted({key.split(".")[0] for key in tensors})
+        raise ValueError(
+            f"init_from: nothing in {path} fits {type(network).__name__}; it holds {_some(tops)}, "
+            f"expected names such as {_some(sorted(expected))}"
+        )
+    own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    return NetworkWeights(own, str(path), made_by)
+
+
+def load_weights(network: nn.Module, weights: NetworkWeights) -> None:
+    """Copy everything but the classifier into a timm network; a position embedding of another grid is interpolated.
+
+    Raises:
+        ValueError: naming the tensors that are missing, not used, or of another shape.
+    """
+    tensors = dict(weights.tensors)
+    _fit_positions(network, tensors, weights.source)
+    classifier = _classifier_keys(network)
+    expected = {key: value for key, value in network.state_dict().items() if key not in classifier}
+    given = {key: value for key, value in tensors.items() if not key.startswith(_classifier_prefixes(network))}
+    mismatching = [
+        f"{key}: {tuple(given[key].shape)} in the file, {tuple(value.shape)} in the network"
+        for key, value in expected.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    problems = {
+        "of another shape": mismatching,
+        "missing in the file": sorted(expected.keys() - given.keys()),
+        "not in the network": sorted(given.keys() - expected.keys()),
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
+        raise ValueError(
+            f"init_from: {weights.source} does not fit {type(network).__name__}: {told}.{_origin(weights)}"
+        )
+    network.load_state_dict(given, strict=False)
+
+
+def _fit_positions(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    own, given = getattr(network, "pos_embed", None), tensors.get("pos_embed")
+    if own is None or given is None or given.shape == own.shape or given.shape[-1] != own.shape[-1]:
+        return
+    from timm.layers import resample_abs_pos_embed
+
+    new = tuple(network.patch_embed.grid_size)
+    prefix = own.shape[1] - new[0] * new[1]
+    side = math.isqrt(given.shape[1] - prefix)
+    if side * side != given.shape[1] - prefix:
+        return
+    tensors["pos_embed"] = resample_abs_pos_embed(given, list(new), [side, side], prefix)
+    rank_zero_info(
+        f"init_from: position embedding of {source} interpolated from {side}x{side} to {new[0]}x{new[1]} patches."
+    )
+
+
+def classifier_names(network: nn.Module) -> tuple[str, ...]:
+    """Dotted names of the classification layers of a timm model."""
+    names = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _classifier_prefixes(network: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in classifier_names(network))
+
+
+def _classifier_keys(network: nn.Module) -> set[str]:
+    return {key for key in network.state_dict() if key.startswith(_classifier_prefixes(network))}
+
+
+def _origin(weights: NetworkWeights) -> str:
+    told = {key: weights.made_by[key] for key in ("encoder", "encoder_options", "image_size") if key in weights.made_by}
+    if not told:
+        return ""
+    settings = ", ".join(f"{key}: {value}" for key, value in told.items())
+    return f" The file was written with {settings}; use the same encoder and options."
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
