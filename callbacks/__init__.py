@@ -2,22 +2,34 @@
 
 from callbacks.atomic_files import atomic_bytes, atomic_text, atomic_write
 from callbacks.checkpoint_io import AtomicCheckpointIO, CheckpointError, load_checkpoint
+from callbacks.classification_report import ClassificationReport
+from callbacks.collapse_monitor import CollapseMonitor
 from callbacks.difficulty_ranking import DifficultyRanking
 from callbacks.ema_target import EMATarget
 from callbacks.exact_resume import ExactResume
 from callbacks.graceful_stop import GracefulStop
+from callbacks.media import Media
 from callbacks.non_finite import NonFiniteGuard, NonFiniteLossError
+from callbacks.pictures import PictureLogger
+from callbacks.prediction_writer import PredictionWriter
+from callbacks.probes import FeatureProbes
 from callbacks.step_seed import StepSeed
 
 __all__ = [
     "AtomicCheckpointIO",
     "CheckpointError",
+    "ClassificationReport",
+    "CollapseMonitor",
     "DifficultyRanking",
     "EMATarget",
     "ExactResume",
+    "FeatureProbes",
     "GracefulStop",
+    "Media",
     "NonFiniteGuard",
     "NonFiniteLossError",
+    "PictureLogger",
+    "PredictionWriter",
     "StepSeed",
     "atomic_bytes",
     "atomic_text",

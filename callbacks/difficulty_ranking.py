@@ -144,13 +144,16 @@ class DifficultyRanking(Callback):
 
             def training_step(self, batch, batch_idx):
                 ...
-                for objective in self.auxiliary.values():
-                    output = objective([pair_1, pair_2])
-                    loss = loss + output.weight * output.loss
+                for entry in self.auxiliary.values():
+                    if getattr(entry, "is_objective", False):
+                        output = entry([pair_1, pair_2])
+                        loss = loss + output.weight * output.loss
                 return loss
 
         Trainer(callbacks=[DifficultyRanking(weight=0.1)]).fit(TwoBranches(), loader)
     """
+
+    adds_parameters = True
 
     def __init__(
         self,
@@ -200,6 +203,8 @@ class DifficultyRanking(Callback):
             return
         auxiliary = getattr(pl_module, "auxiliary", None)
         if not isinstance(auxiliary, nn.ModuleDict):
+            if stage != "fit":
+                return
             raise ValueError(
                 f"DifficultyRanking: {type(pl_module).__name__} has no nn.ModuleDict 'auxiliary' for the head; "
                 f"set self.auxiliary = nn.ModuleDict() in __init__ and add the weighted losses of its entries"

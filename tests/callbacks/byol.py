@@ -40,7 +40,8 @@ class Byol(LightningModule):
             targets = [self.target(view) for view in views]
         loss = sum(2 - 2 * F.cosine_similarity(self.predictor(features[i]), targets[1 - i]).mean() for i in (0, 1))
         pairs = [Pair(features[i], targets[1 - i], strengths[i], strengths[1 - i]) for i in (0, 1)]
-        for name, objective in self.auxiliary.items():
+        objectives = {name: entry for name, entry in self.auxiliary.items() if getattr(entry, "is_objective", False)}
+        for name, objective in objectives.items():
             output = objective(pairs)
             loss = loss + output.weight * output.loss
             self.log_dict({f"train/{name}_loss": output.loss, **{f"train/{k}": v for k, v in output.metrics.items()}})
