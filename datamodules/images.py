@@ -108,7 +108,7 @@ class ImageDataModule(LightningDataModule):
         std: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the model has facts of the same names
         _check_values(self.hparams)
         self.reader = self.make_reader()
         self._parts: dict[str, Samples] | None = None

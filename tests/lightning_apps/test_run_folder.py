@@ -1,0 +1,107 @@
+"""The run folder: one per run, the same for every process, reused by what continues the run."""
+
+import json
+import os
+import time
+
+import pytest
+
+from lightning_apps import run_folder
+from lightning_apps.errors import UserError
+from lightning_apps.run_folder import ENVIRONMENT, open_run_folder, resolve_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process(monkeypatch):
+    for name in (ENVIRONMENT, "RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+def start(root, name="run", subcommand="fit", checkpoint=None):
+    os.environ.pop(ENVIRONMENT, None)
+    return open_run_folder(root, "bolt", name, subcommand, checkpoint)
+
+
+def checkpoint_of(folder):
+    folder.checkpoints.mkdir(exist_ok=True)
+    path = folder.checkpoints / "last.ckpt"
+    path.write_bytes(b"")
+    return path
+
+
+def test_a_second_run_gets_a_suffix(tmp_path):
+    names = [start(tmp_path).path.name for _ in range(3)]
+    assert names == ["run", "run-2", "run-3"]
+    assert json.loads((tmp_path / "bolt/run-2/run.json").read_text())["app"] == "bolt"
+
+
+def test_a_resume_reuses_the_folder_of_its_checkpoint(tmp_path):
+    first = start(tmp_path)
+    again = start(tmp_path, name="other", checkpoint=checkpoint_of(first))
+    assert again.path == first.path
+    assert again.resumed
+
+
+def test_commands_on_a_checkpoint_write_into_a_folder_of_their_own(tmp_path):
+    first = start(tmp_path)
+    predict = start(tmp_path, subcommand="predict", checkpoint=checkpoint_of(first))
+    assert predict.path == first.path
+    assert predict.output == first.path / "predict"
+
+
+def test_a_checkpoint_outside_a_run_does_not_draw_the_run_to_its_folder(tmp_path):
+    stray = tmp_path / "checkpoints" / "last.ckpt"
+    stray.parent.mkdir()
+    stray.write_bytes(b"")
+    assert start(tmp_path / "runs", checkpoint=stray).path == tmp_path / "runs/bolt/run"
+
+
+def test_started_processes_get_the_folder_by_environment(tmp_path):
+    first = start(tmp_path)
+    os.environ["LOCAL_RANK"] = "1"
+    assert open_run_folder(tmp_path, "bolt", "run", "fit", None).path == first.path
+
+
+def test_processes_of_a_launcher_wait_for_rank_zero(tmp_path, monkeypatch):
+    os.environ.update(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1234", TORCHELASTIC_RUN_ID="x/y")
+    first = start(tmp_path)
+    os.environ["RANK"] = "1"
+    assert start(tmp_path).path == first.path
+    pointer = next((tmp_path / "bolt").glob(".launch-*"))
+    long_ago = time.time() - 3600
+    os.utime(pointer, (long_ago, long_ago))
+    monkeypatch.setattr(run_folder, "_LAUNCH_WAIT_S", 0.2)
+    with pytest.raises(UserError, match="rank zero did not announce its run folder"):
+        start(tmp_path)
+
+
+def test_last_is_the_newest_run_or_the_named_one(tmp_path):
+    first, second = start(tmp_path), start(tmp_path)
+    paths = [checkpoint_of(first), checkpoint_of(second)]
+    os.utime(paths[0], (1, 1))
+    assert resolve_checkpoint("last", tmp_path, "bolt", None) == tmp_path / "bolt/run-2/checkpoints/last.ckpt"
+    assert resolve_checkpoint("last", tmp_path, "bolt", "run") == tmp_path / "bolt/run/checkpoints/last.ckpt"
+    assert resolve_checkpoint(str(first.path), tmp_path, "bolt", None) == paths[0]
+
+
+@pytest.mark.parametrize("given", ["best", "nowhere.ckpt"])
+def test_a_missing_checkpoint_says_where_it_looked(tmp_path, given):
+    with pytest.raises(UserError, match=rf"--ckpt_path {given}: no "):
+        resolve_checkpoint(given, tmp_path, "bolt", None)
+
+
+def test_a_folder_that_cannot_be_made_names_the_remedy(tmp_path):
+    (tmp_path / "bolt").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot make the run folder .*bolt.*choose another --run\.root"):
+        start(tmp_path)
+
+
+def test_a_new_folder_without_content_goes_away(tmp_path):
+    folder = start(tmp_path)
+    folder.discard_if_empty()
+    assert not folder.path.exists()
+    kept = start(tmp_path)
+    (kept.path / "config.yaml").write_text("x")
+    kept.discard_if_empty()
+    assert kept.path.exists()
