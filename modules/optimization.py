@@ -113,32 +113,29 @@ def total_steps_of(trainer: Trainer) -> int:
     return int(steps)
 
 
-def steps_per_epoch(trainer: Trainer) -> int:
-    """Optimizer steps of an epoch; its last accumulation may be shorter."""
-    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+def steps_per_epoch(trainer: Trainer) -> float:
+    """Optimizer steps of an epoch, infinite for a stream; the last accumulation of an epoch may be shorter."""
+    trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
 def warmup_steps_of(trainer: Trainer, warmup_epochs: float | None, total_steps: int) -> int:
     """Optimizer steps of the warm-up: the epochs asked for, otherwise a tenth of the run and at most 40 epochs."""
     per_epoch = steps_per_epoch(trainer)
     if warmup_epochs is not None:
-        return min(round(warmup_epochs * per_epoch), total_steps)
-    return min(round(WARMUP_SHARE * total_steps), round(MAX_WARMUP_EPOCHS * per_epoch))
+        return round(min(warmup_epochs * per_epoch, total_steps)) if warmup_epochs else 0
+    return round(min(WARMUP_SHARE * total_steps, MAX_WARMUP_EPOCHS * per_epoch))
 
 
 def global_batch_size(trainer: Trainer) -> int:
     """Images per optimizer step over all processes and accumulated batches.
 
     Raises:
-        ValueError: if neither the datamodule nor the loader tells its batch size.
+        ValueError: if the loader does not tell its batch size.
     """
     loader = trainer.train_dataloader
-    candidates = (
-        getattr(getattr(trainer, "datamodule", None), "batch_size", None),
-        getattr(loader, "batch_size", None),
-        getattr(getattr(loader, "batch_sampler", None), "batch_size", None),
-    )
-    size = next((value for value in candidates if isinstance(value, int)), None)
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if size is None:
         raise ValueError(
             "lr_reference_batch: the loader tells no batch size; set lr_reference_batch: null and the final lr"
@@ -170,8 +167,7 @@ def with_schedule(
         warmup = warmup_steps_of(module.trainer, warmup_epochs, total)
         scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
     else:
-        module.trainer.fit_loop.setup_data()
-        warmup = round((warmup_epochs or 0) * steps_per_epoch(module.trainer))
+        warmup = round(warmup_epochs * steps_per_epoch(module.trainer)) if warmup_epochs else 0
         scheduler = LambdaLR(optimizer, lambda step: warmup_constant(step, warmup))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from modules.optimization import (
+    build_optimizer,
+    check_optimization,
+    layer_decay_groups,
+    parameter_groups,
+    scaled_lr,
+    warmup_constant,
+    warmup_cosine,
+    with_schedule,
+)
+from tests.modules.toy_images import quiet_trainer
+
+
+class Regression(LightningModule):
+    def __init__(self, schedule="cosine", warmup_epochs=None, reference=None):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.schedule, self.warmup_epochs, self.reference = schedule, warmup_epochs, reference
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        lr = scaled_lr(self.trainer, 0.1, self.reference)
+        return with_schedule(self, torch.optim.SGD(self.parameters(), lr=lr), self.schedule, self.warmup_epochs)
+
+
+class RatesUsed(Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def rates_of(module, samples=24, batch_size=2, **kwargs):
+    rates = RatesUsed()
+    data = DataLoader(TensorDataset(torch.randn(samples, 2)), batch_size=batch_size)
+    quiet_trainer(callbacks=[rates], **kwargs).fit(module, data)
+    return rates.rates
+
+
+def test_factor_at_known_steps():
+    assert [warmup_cosine(k, 4, 12) for k in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [warmup_cosine(k, 4, 12) for k in (4, 8, 12, 99)] == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-12)
+    assert warmup_cosine(6, 4, 12) == pytest.approx(0.5 + math.sqrt(2) / 4, abs=1e-12)
+    assert warmup_cosine(0, 0, 10) == 1.0
+    assert [warmup_constant(k, 2) for k in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert warmup_constant(0, 0) == 1.0
+
+
+def test_rates_follow_the_optimizer_steps():
+    used = rates_of(Regression(), max_epochs=2)
+    assert used == pytest.approx([0.1 * warmup_cosine(k, 2, 24) for k in range(24)], rel=1e-9)
+
+
+def test_accumulated_batches_are_one_step():
+    used = rates_of(Regression(), max_epochs=2, accumulate_grad_batches=5)
+    assert used == pytest.approx([0.1 * warmup_cosine(k, 1, 6) for k in range(6)], rel=1e-9)
+
+
+def test_warmup_in_epochs_and_constant_rate():
+    assert rates_of(Regression("constant", 0.5), max_epochs=1)[:7] == pytest.approx(
+        [0.1 * k / 6 for k in range(1, 7)] + [0.1]
+    )
+    assert rates_of(Regression("cosine", 1), max_epochs=2)[11] == pytest.approx(0.1)
+
+
+def test_max_steps_ends_the_cosine():
+    assert rates_of(Regression(), max_epochs=-1, max_steps=5)[-1] == pytest.approx(0.1 * warmup_cosine(4, 0, 5))
+
+
+def test_warmup_is_at_most_forty_epochs():
+    used = rates_of(Regression(), samples=2, max_epochs=600)
+    assert used.index(max(used)) in (39, 40)
+
+
+def test_a_run_without_end_has_no_cosine():
+    with pytest.raises(
+        ValueError, match=r"cosine needs an end of training; set trainer.max_epochs or trainer.max_steps"
+    ):
+        rates_of(Regression(), max_epochs=-1)
+
+
+def test_linear_scaling_to_the_global_batch():
+    assert rates_of(Regression("constant", 0, 256), batch_size=8)[0] == pytest.approx(0.1 * 8 / 256)
+    used = rates_of(Regression("constant", 0, 256), batch_size=8, accumulate_grad_batches=3)
+    assert used[0] == pytest.approx(0.1 * 24 / 256)
+
+
+def test_scaling_needs_a_batch_size():
+    module = Regression("constant", 0, 256)
+    with pytest.raises(ValueError, match="the loader tells no batch size; set lr_reference_batch: null"):
+        quiet_trainer().fit(module, DataLoader([(torch.randn(2, 2),)], batch_size=None))
+
+
+def test_what_is_not_decayed():
+    import timm
+
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1, reg_tokens=1)
+    network.blocks[0].mlp.fc1.requires_grad_(False)
+    decayed, plain = parameter_groups(network.named_parameters(), 0.3)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert {names[id(parameter)] for parameter in decayed["params"]} == {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+    }
+    exempt = {names[id(parameter)] for parameter in plain["params"]}
+    assert {"pos_embed", "cls_token", "reg_token", "norm.weight", "head.bias", "blocks.0.norm1.weight"} <= exempt
+    assert not exempt & {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias"}
+
+
+def test_rate_per_layer():
+    import timm
+
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2)
+    groups = layer_decay_groups(network, 0.05, 1e-3, 0.5)
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    rates = {name: rate[id(parameter)] for name, parameter in network.named_parameters()}
+    assert rates["head.weight"] == pytest.approx(1e-3)
+    assert rates["blocks.1.attn.qkv.weight"] == rates["norm.weight"] == pytest.approx(0.5e-3)
+    assert rates["blocks.0.mlp.fc1.bias"] == pytest.approx(0.25e-3)
+    assert rates["patch_embed.proj.weight"] == rates["cls_token"] == pytest.approx(0.125e-3)
+    assert decay[id(network.cls_token)] == decay[id(network.pos_embed)] == decay[id(network.norm.weight)] == 0
+    assert decay[id(network.head.weight)] == 0.05
+
+
+def test_optimizers_by_name():
+    groups = parameter_groups(nn.Linear(3, 2).named_parameters(), 0.1)
+    adamw = build_optimizer(groups, "adamw", 1e-3, betas=(0.8, 0.95), momentum=0.9)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.defaults["betas"] == (0.8, 0.95)
+    assert build_optimizer(groups, "sgd", 1e-3, betas=(0.9, 0.999), momentum=0.7).defaults["momentum"] == 0.7
+    with pytest.raises(ValueError, match="optimizer: 'adam' is unknown; expected adamw, sgd or lars"):
+        build_optimizer(groups, "adam", 1e-3, betas=(0.9, 0.999), momentum=0.9)
+
+
+def test_lars_adapts_weights_and_not_biases():
+    layer = nn.Linear(3, 2, dtype=torch.float64)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    groups = parameter_groups(layer.named_parameters(), 0.1)
+    optimizer = build_optimizer(groups, "lars", 0.5, betas=(0.9, 0.999), momentum=0.9)
+    gradient = torch.randn(2, 3, dtype=torch.float64)
+    layer.weight.grad, layer.bias.grad = gradient.clone(), torch.ones(2, dtype=torch.float64)
+    optimizer.step()
+    trust = 0.001 * weight.norm() / (gradient.norm() + 0.1 * weight.norm() + 1e-8)
+    assert torch.allclose(layer.weight, weight - 0.5 * trust * (gradient + 0.1 * weight), atol=1e-12)
+    assert torch.allclose(layer.bias, bias - 0.5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0.0, 0.1, None, None), "lr: 0.0 is not positive"),
+        ((1.0, -0.1, None, None), "weight_decay: -0.1 is negative; expected >= 0"),
+        ((1.0, 0.1, -1, None), "warmup_epochs: -1 is negative"),
+        ((1.0, 0.1, None, 0), "lr_reference_batch: 0 is below 1"),
+    ],
+)
+def test_values_out_of_range_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        check_optimization(*values)
