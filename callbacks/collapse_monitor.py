@@ -97,7 +97,7 @@ class CollapseMonitor(Callback):
             self._below = torch.where(spread < self.threshold, self._below + 1, 0)
             if self.log_as:
                 pl_module.log(self.log_as, spread)
-        if not self._acted and (batch_idx + 1) % min(BATCHES_PER_LOOK, self.patience) == 0:
+        if not self._acted and (trainer.fit_loop.total_batch_idx + 1) % min(BATCHES_PER_LOOK, self.patience) == 0:
             collapsed = int(self._below) >= self.patience
             if trainer.strategy.reduce_boolean_decision(collapsed, all=False):
                 self._act(trainer)
