@@ -161,8 +161,8 @@ def _jitter(subject: Subject, pretrain: bool) -> "BasicTransform":
     import albumentations as alb
 
     light = 0.4 if pretrain else 0.3
-    if subject == "grey":
-        return alb.RandomBrightnessContrast(brightness_limit=light, contrast_limit=light, p=0.8)
     saturation, hue = (0.2, 0.1) if pretrain else (0.3, 0.05)
+    if subject == "grey":
+        saturation, hue = 0.0, 0.0
     around_one = [(1 - amount, 1 + amount) for amount in (light, light, saturation)]
     return alb.ColorJitter(*around_one, hue=(-hue, hue), p=0.8)

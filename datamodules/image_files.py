@@ -121,7 +121,7 @@ def is_grey_file(path: str | Path) -> bool:
 def same_content(paths: Iterable[str | Path]) -> dict[str, list[int]]:
     """Find files with identical bytes.
 
-    Only files of equal length are opened, so that large folders are cheap.
+    Only files of equal length are opened, so that large folders are cheap. Empty files are no images and not compared.
 
     Args:
         paths: The files.
@@ -134,8 +134,8 @@ def same_content(paths: Iterable[str | Path]) -> dict[str, list[int]]:
     for position, path in enumerate(paths):
         by_size.setdefault(os.stat(path).st_size, []).append(position)
     by_content: dict[str, list[int]] = {}
-    for positions in by_size.values():
-        if len(positions) > 1:
+    for size, positions in by_size.items():
+        if size and len(positions) > 1:
             for position in positions:
                 by_content.setdefault(_checksum(paths[position]), []).append(position)
     return {content: positions for content, positions in by_content.items() if len(positions) > 1}

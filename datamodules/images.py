@@ -22,7 +22,7 @@ from datamodules.image_dataset import (
     usable_cores,
 )
 from datamodules.image_files import list_images, same_content
-from datamodules.readers.samples import Reader, Samples, existing_folder
+from datamodules.readers.samples import Reader, Samples, checked_folder
 from datamodules.sampling import EvaluationBatchSampler, TrainBatchSampler
 from datamodules.splits import PARTS, check_classes, grouped_split, labelled_rows, leaks, merge_groups, stratified_split
 
@@ -279,7 +279,7 @@ class ImageDataModule(LightningDataModule):
         return part
 
     def _unlabelled(self, path: str) -> Samples:
-        folder = existing_folder(path, "of images to predict")
+        folder = checked_folder(path, "predict_path", "the images to predict")
         files = list_images(folder)
         if not files:
             raise FileNotFoundError(f"--data.predict_path '{path}': no image found")

@@ -118,21 +118,34 @@ def class_columns(
 
 
 def existing_folder(root: str | None, layout: str) -> Path:
-    """Return ``root`` as a path to a folder that is there.
+    """Return ``root`` as a path to a folder that is there; see :func:`checked_folder`.
 
     Raises:
         ValueError: If no root is given.
-        FileNotFoundError: If it does not exist.
-        NotADirectoryError: If it is a file.
     """
     if root is None:
         raise ValueError(f"layout '{layout}' reads a folder: set --data.root to it")
-    folder = Path(root).expanduser()
+    return checked_folder(root, "root", f"the data set in layout '{layout}'")
+
+
+def checked_folder(path: str, option: str, content: str) -> Path:
+    """Return a path to a folder that is there.
+
+    Args:
+        path: As the user wrote it.
+        option: Name of the option, for the message.
+        content: What the folder should hold, for the message.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        NotADirectoryError: If it is a file.
+    """
+    folder = Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(
-            f"--data.root '{root}' does not exist (looked for {folder.absolute()}); "
-            f"set it to the folder of the data set in layout '{layout}'"
+            f"--data.{option} '{path}' does not exist (looked for {folder.absolute()}); "
+            f"set it to the folder of {content}"
         )
     if not folder.is_dir():
-        raise NotADirectoryError(f"--data.root '{root}' is a file; layout '{layout}' needs a folder")
+        raise NotADirectoryError(f"--data.{option} '{path}' is a file; set it to the folder of {content}")
     return folder
