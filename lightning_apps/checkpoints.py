@@ -9,10 +9,7 @@ from typing import Any
 import torch
 
 from lightning_apps.errors import UserError
-from lightning_apps.run_folder import CHECKPOINT_KEY
-
-# What belongs to one call or one machine, and not to the network that a checkpoint holds.
-_NOT_CARRIED = ("ckpt_path", "run", "app", "weights_only")
+from lightning_apps.run_folder import CHECKPOINT_KEY, NOT_CARRIED
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class CheckpointFacts:
 
         A resumed `fit` takes everything; other commands take the model, the data and the callbacks, not the devices.
         """
-        keys = [key for key in self.config if key not in _NOT_CARRIED]
+        keys = [key for key in self.config if key not in NOT_CARRIED]
         if subcommand != "fit":
             keys = [key for key in keys if key in ("model", "data", "callbacks", "seed_everything")]
         return {key: self.config[key] for key in keys}

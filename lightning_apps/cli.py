@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from lightning.pytorch import Callback
@@ -18,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from callbacks import AtomicCheckpointIO, GracefulStop, NonFiniteGuard, PictureLogger, PredictionWriter, StepSeed
 from lightning_apps.app import App
 from lightning_apps.checkpoints import CheckpointFacts, conflicts, describe_checkpoint
-from lightning_apps.config_errors import explain
+from lightning_apps.config_errors import class_paths_of, explain
 from lightning_apps.config_files import ConfigFile, find_config, read_config
 from lightning_apps.errors import UserError, run_reporting_errors
 from lightning_apps.loggers import MetricsFile, choose_loggers
@@ -38,6 +40,8 @@ _KEPT_FROM_CHECKPOINT = ("model", "data", "callbacks", "trainer")
 class AppParser(LightningArgumentParser):
     """Parser whose errors name the key, the value and the nearest valid key."""
 
+    class_paths: ClassVar[dict[str, str]] = {}
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
@@ -45,7 +49,7 @@ class AppParser(LightningArgumentParser):
         """Report what is wrong without the hundred lines of usage."""
         if os.environ.get("LIGHTNING_APPS_DEBUG") == "1" and ex is not None:
             raise ex
-        raise explain(message, self.known_keys()) from ex
+        raise explain(message, self.known_keys(), self.class_paths) from ex
 
     def known_keys(self) -> list[str]:
         """All dotted keys of this parser and of its subcommands."""
@@ -164,6 +168,8 @@ class AppCLI(LightningCLI):
             self._check_same_model(files, contents)
             layers.append(json.dumps(self.checkpoint.layer(subcommand)))
         layers += [str(file.path) for file in files if not file.shipped]
+        for file in files:
+            AppParser.class_paths |= class_paths_of(contents.get(file.path) or read_config(file.path, self.app.name))
         return [subcommand, *(part for layer in layers for part in ("--config", layer)), *rest]
 
     def _resolve_checkpoint_argument(
@@ -197,17 +203,20 @@ class AppCLI(LightningCLI):
         """Nothing: the checkpoint's settings entered below the explicit ones, instead of silently above them."""
 
     def _report_conflicts(self) -> None:
-        used = yaml.safe_load(self.dump_config())
+        used = self.plain_config()
         before = {key: self.checkpoint.config.get(key) or {} for key in _KEPT_FROM_CHECKPOINT}
         if self.config.subcommand != "fit":
             before.pop("trainer")
         for line in conflicts(before, used):
             rank_zero_info(f"overrides the checkpoint: {line}")
 
-    def dump_config(self) -> str:
-        """The configuration of the chosen command as YAML, without what the data will fill in."""
+    def plain_config(self) -> dict[str, Any]:
+        """The configuration of the chosen command as plain values, without what the data will fill in."""
         subcommand = self.config.subcommand
-        return self._parser(subcommand).dump(self.config[subcommand], skip_validation=True, skip_none=False)
+        text = self._parser(subcommand).dump(self.config[subcommand], skip_validation=True)
+        config = yaml.safe_load(text)
+        first = [key for key in ("app", "seed_everything", "model", "data", "callbacks", "trainer") if key in config]
+        return {key: config[key] for key in [*first, *(key for key in config if key not in first)]}
 
     # ---- from the configuration to objects
 
@@ -239,12 +248,13 @@ class AppCLI(LightningCLI):
         cls = _import_class(config.model.class_path)
         known = inspect.signature(cls).parameters
         arguments |= {name: value for name, value in self.checkpoint.facts.items() if name in known}
-        config.data = None
-        model, config.model = config.model, None
-        self.config_init = self._parser(self.subcommand).instantiate_classes(config)
-        config.model = model
+        kept = config.data, config.model
+        config.data, config.model = None, None
+        self.config_init = self.parser.instantiate_classes(self.config)
+        config.data, config.model = kept
         self.datamodule, self.model = None, cls(**arguments)
-        self.trainer = self._instantiate_trainer(self.config_init.trainer.as_dict(), [])
+        self.config_init[self.subcommand].model = self.model
+        self.trainer = self.instantiate_trainer()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> AppTrainer:
         config = dict(config)
@@ -271,8 +281,8 @@ class AppCLI(LightningCLI):
         return {name: getattr(self.datamodule, name) for name in names if hasattr(self.datamodule, name)}
 
     def _suite_callbacks(self, trainer_config: dict[str, Any]) -> list[Callback]:
-        named = self.config_init.get(self.subcommand, self.config_init)
-        slots = {name: value for name, value in vars(named["callbacks"]).items() if value is not None}
+        named = vars(self._get(self.config_init, "callbacks"))
+        slots = {name: callback for name, callback in named.items() if callback is not None}
         if trainer_config.get("enable_checkpointing") is False or trainer_config.get("fast_dev_run"):
             slots.pop("checkpoint", None)
         if not trainer_config.get("logger"):
@@ -282,7 +292,7 @@ class AppCLI(LightningCLI):
             checkpoint.dirpath = str(self.run_folder.checkpoints)
         if self.subcommand == "predict" and "predictions" not in slots:
             slots["predictions"] = PredictionWriter()
-        recorder = RunRecorder(self.run_folder, self.app.name, yaml.safe_load(self.dump_config()), self.facts)
+        recorder = RunRecorder(self.run_folder, self.app.name, self.plain_config(), self.facts)
         seed = self.config[self.subcommand].get("seed_everything")
         seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else int(os.environ["PL_GLOBAL_SEED"])
         return [recorder, StepSeed(seed), NonFiniteGuard(), ContinueMetrics(), *slots.values(), GracefulStop()]
@@ -327,4 +337,14 @@ def main(app: App, arguments: list[str] | None = None) -> int:
     Returns:
         Exit code.
     """
+    _silence()
     return run_reporting_errors(lambda: AppCLI(app, arguments))
+
+
+def _silence() -> None:
+    """Keep advertisements and a deprecation inside Lightning out of the output."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*litlogger.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in str(record.msg)
+    )

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_apps.errors import UserError
@@ -15,6 +15,7 @@ _EXPECTED = re.compile(r"Expected an? ([^\n]+?)(?:\. Got value: ([^\n]+))?$", re
 _GIVEN = re.compile(r"Given value: ([^\n]+)")
 _UNKNOWN_OPTION = re.compile(r"does not accept option '([^']+)'")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (.+)")
+_EXPLAINED = re.compile(r"- ([\w.]+: expected [^\n]+, got '[^\n]*')$", re.MULTILINE)
 _NESTED_VALUE = re.compile(r"NestedArg\(key='([^']*)', val='?([^']*)'?\)")
 
 
@@ -46,12 +47,13 @@ def init_arguments(class_path: str) -> list[str]:
     return [parameter for parameter in names if parameter not in ("self", "args", "kwargs")]
 
 
-def explain(message: str, known: Iterable[str]) -> UserError:
+def explain(message: str, known: Iterable[str], class_paths: Mapping[str, str] | None = None) -> UserError:
     """The parser's complaint as an error a person can act on.
 
     Args:
         message: What the parser said.
         known: All valid dotted keys.
+        class_paths: Key -> class path that the configuration has there.
     """
     unknown = _UNKNOWN_OPTION.search(message)
     if unknown:
@@ -64,11 +66,15 @@ def explain(message: str, known: Iterable[str]) -> UserError:
         return UserError(f"unknown option --{key}{shown}.{nearest(key, known)}")
     keys = _PARSER_KEY.findall(message)
     place = keys[0] if keys else "configuration"
-    class_path, option = _CLASS_PATH.search(message), _NOT_ACCEPTED.search(message)
+    named, option = _CLASS_PATH.search(message), _NOT_ACCEPTED.search(message)
+    class_path = named[1] if named else (class_paths or {}).get(place)
     if class_path and option:
         key = f"{place}.{option[1]}"
-        near = nearest(key, [f"{place}.{name}" for name in init_arguments(class_path[1])])
-        return UserError(f"unknown key '{key}': {class_path[1]} takes no '{option[1]}'.{near}")
+        near = nearest(key, [f"{place}.{name}" for name in init_arguments(class_path)])
+        return UserError(f"unknown key '{key}': {class_path} takes no '{option[1]}'.{near}")
+    explained = _EXPLAINED.search(message)
+    if explained:
+        return UserError(f"{place}.{explained[1]}")
     expected = [found for found in _EXPECTED.findall(message) if "NoneType" not in found[0]]
     if expected:
         given = _GIVEN.search(message)
@@ -80,11 +86,23 @@ def explain(message: str, known: Iterable[str]) -> UserError:
             key = f"{key}.{nested[1]}"
         types = " or ".join(dict.fromkeys(found[0] for found in expected))
         return UserError(f"{key}: expected {_plain_types(types)}, got {value!r}")
-    if class_path:
-        detail = message.split(class_path[0], 1)[1].lstrip("':\n ").splitlines()[0].strip()
-        return UserError(f"{place}.class_path: {class_path[1]}: {detail}")
+    if named:
+        detail = message.split(named[0], 1)[1].lstrip("':\n ").splitlines()[0].strip()
+        return UserError(f"{place}.class_path: {named[1]}: {detail}")
     return UserError(message.strip())
 
 
 def _plain_types(text: str) -> str:
     return re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", text)
+
+
+def class_paths_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> class path of everything in a configuration that names one."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            name = f"{prefix}{key}"
+            if isinstance(value.get("class_path"), str):
+                found[name] = value["class_path"]
+            found |= class_paths_of(value, f"{name}.")
+    return found

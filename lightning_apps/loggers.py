@@ -68,6 +68,9 @@ class MetricsFile(CSVLogger):
             self._experiment = _ContinuingWriter(log_dir=self.log_dir)
         return self._experiment
 
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: the run folder holds the whole configuration."""
+
     @property
     def log_dir(self) -> str:
         """The run folder itself, without a version below it."""

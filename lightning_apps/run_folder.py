@@ -22,6 +22,8 @@ ENVIRONMENT = "LIGHTNING_APPS_RUN_FOLDER"
 RECORD = "run.json"
 CONFIG = "config.yaml"
 CHECKPOINT_KEY = "lightning_apps"
+# What belongs to one call and not to the run.
+NOT_CARRIED = ("ckpt_path", "run", "app", "weights_only")
 _LAUNCH_WAIT_S = 60.0
 
 
@@ -184,6 +186,10 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in NOT_CARRIED}
+
+
 class RunRecorder(Callback):
     """Write the configuration and the versions into the run folder, and mark checkpoints with their app.
 
@@ -206,7 +212,7 @@ class RunRecorder(Callback):
         text = yaml.safe_dump(self.config, sort_keys=False)
         target = self.folder.output / CONFIG
         if self.folder.subcommand == "fit" and target.exists():
-            if yaml.safe_load(target.read_text(encoding="utf-8")) == self.config:
+            if _settings(yaml.safe_load(target.read_text(encoding="utf-8"))) == _settings(self.config):
                 return
             number = 1 + len(list(self.folder.path.glob("config.resume-*.yaml")))
             target = self.folder.path / f"config.resume-{number}.yaml"

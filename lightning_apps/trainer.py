@@ -113,7 +113,7 @@ class AppTrainer(Trainer):
         extraction = FeatureExtraction(model)
         written = []
         for split in splits or ["train", "val", "test"]:
-            datamodule.predict_split = split
+            datamodule.hparams.predict_split = split
             target = folder / f"{split}.{format}"
             writer = PredictionWriter(output=str(target), format=format)
             self.callbacks.append(writer)

@@ -12,7 +12,10 @@ from lightning_apps.errors import UserError
     [
         (["--model.learning_rat", "1"], r"unknown key 'model\.learning_rat': modules\.bolt\.BOLT takes no"),
         (["--model.mixx", "1"], r"unknown key 'model\.mixx'.* Nearest valid key: model\.mix$"),
-        (["--callbacks.ema.momentun", "1"], r"'callbacks\.ema\.momentun'.* Nearest valid key: callbacks\.ema\.momentum"),
+        (
+            ["--callbacks.ema.momentun", "1"],
+            r"'callbacks\.ema\.momentun'.* Nearest valid key: callbacks\.ema\.momentum",
+        ),
         (["--callbacks.emma.momentum", "1"], r"unknown option --callbacks\.emma\.momentum \(value 1\)"),
         (["--trainer.max_epoch", "3"], r"unknown option --trainer\.max_epoch \(value 3\)\..*key: trainer\.max_epochs$"),
         (["--trainer.max_epochs", "x"], r"trainer\.max_epochs: expected int, got 'x'"),
