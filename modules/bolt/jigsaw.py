@@ -1,6 +1,5 @@
 """The jigsaw baseline: tell which of a fixed set of permutations was applied to a grid of image tiles."""
 
-import itertools
 import math
 from typing import Any
 
@@ -28,13 +27,24 @@ def distant_permutations(num_tiles: int, count: int) -> Tensor:
 
     Source: Noroozi and Favaro, "Unsupervised learning of visual representations by solving jigsaw puzzles" (2016).
     """
-    everything = np.array(list(itertools.permutations(range(num_tiles))), dtype=np.int8)
-    distance = np.full(len(everything), num_tiles + 1)
+    places = np.ascontiguousarray(_all_permutations(num_tiles).T)
+    nearest = np.full(places.shape[1], num_tiles + 1, dtype=np.uint8)
     chosen = [0]
     while len(chosen) < count:
-        distance = np.minimum(distance, (everything != everything[chosen[-1]]).sum(1))
-        chosen.append(int(distance.argmax()))
-    return torch.from_numpy(everything[chosen].astype(np.int64))
+        latest = places[:, chosen[-1]]
+        distance = sum((tiles != tile).view(np.uint8) for tiles, tile in zip(places, latest, strict=True))
+        np.minimum(nearest, distance, out=nearest)
+        chosen.append(int(nearest.argmax()))
+    return torch.from_numpy(places[:, chosen].T.astype(np.int64))
+
+
+def _all_permutations(length: int) -> np.ndarray:
+    """All permutations (length!, length), the identity first, made by inserting the largest element everywhere."""
+    permutations = np.zeros((1, 0), dtype=np.uint8)
+    for largest in range(length):
+        inserted = [np.insert(permutations, place, largest, axis=1) for place in range(largest, -1, -1)]
+        permutations = np.concatenate(inserted)
+    return permutations
 
 
 def shuffle_tiles(images: Tensor, permutations: Tensor, grid: int) -> Tensor:

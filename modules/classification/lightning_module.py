@@ -111,11 +111,11 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
     @property
     def feature_dim(self) -> int:
         """Width of the features that the classifier reads."""
-        return self._classifier().in_features
+        return getattr(self.network, "head_hidden_size", self.network.num_features)
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
         """Take pre-trained weights at the start of a new training run; a resumed one brings its own."""
-        if stage == "fit" and self.hparams.init_from and self.trainer.ckpt_path is None:
+        if self.hparams.init_from and self.trainer.ckpt_path is None:
             self.load_pretrained()
 
     def load_pretrained(self) -> None:

@@ -1,0 +1,316 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn import metrics as reference
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from modules.bolt import BOLT
+from modules.classification import ImageClassifier
+from tests.modules.toy_images import TINY, Batch, batch, batches, loader, quiet_trainer, silence
+
+
+def classifier(**kwargs):
+    torch.manual_seed(0)
+    settings = {
+        "encoder_options": TINY,
+        "num_classes": 3,
+        "drop_path": 0.0,
+        "lr_reference_batch": None,
+        "warmup_epochs": 0,
+    }
+    return ImageClassifier(**{**settings, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    torch.manual_seed(1)
+    module = BOLT(encoder_options=TINY, projector_hidden=8, projector_dim=4)
+    trainer = quiet_trainer()
+    trainer.fit(module, loader(batches(2)))
+    path = tmp_path_factory.mktemp("bolt") / "last.ckpt"
+    trainer.save_checkpoint(path)
+    return path, module
+
+
+class Pictures(Dataset):
+    def __init__(self, labels):
+        self.labels = torch.tensor(labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return torch.full((1, 8, 8), float(self.labels[index])), self.labels[index], index
+
+
+def collate(samples):
+    images, labels, index = zip(*samples, strict=True)
+    return Batch((torch.stack(images),), torch.stack(labels), torch.tensor(index))
+
+
+def test_training_loss_by_its_formula():
+    module, data = silence(classifier(label_smoothing=0.2)), batch(size=9)
+    module.class_weights.copy_(torch.tensor([0.5, 1.0, 1.5]))
+    loss = module.training_step(data, 0)["loss"].item()
+    log_p = module(data.images).log_softmax(1)
+    expected, total = 0.0, 0.0
+    for row, label in zip(log_p, data.labels.tolist(), strict=True):
+        smooth = [0.2 / 3 + (0.8 if c == label else 0) for c in range(3)]
+        expected -= sum(q * w * lp for q, w, lp in zip(smooth, (0.5, 1, 1.5), row.tolist(), strict=True))
+        total += (0.5, 1, 1.5)[label]
+    assert loss == pytest.approx(expected / total, abs=1e-5)
+
+
+def test_it_learns_and_reports_its_main_metric():
+    module = classifier(main_metric="kappa", lr=1e-2)
+    data = DataLoader(Pictures([0, 1, 2] * 16), batch_size=12, collate_fn=collate)
+    trainer = quiet_trainer(max_epochs=12)
+    trainer.fit(module, data, data)
+    logged = trainer.callback_metrics
+    assert logged["val/acc"] > 0.9
+    assert logged["val/main"] == logged["val/kappa"]
+    names = ("acc", "balanced_acc", "kappa", "macro_f1", "macro_precision", "auroc", "loss", "main")
+    assert {f"val/{name}" for name in names} | {"train/loss", "train/acc"} <= set(logged)
+    assert {f"test/{name}" for name in names} <= set(trainer.test(module, data, verbose=False)[0])
+
+
+def test_metrics_of_an_epoch_are_those_of_all_its_images_and_unlabelled_ones_do_not_count():
+    module = classifier().eval()
+    data = batches(3, size=7)
+    data[1] = data[1]._replace(labels=torch.tensor([0, -1, 1, 2, -1, 0, 1]))
+    logged = quiet_trainer().validate(module, loader(data), verbose=False)[0]
+    labels = torch.cat([item.labels for item in data])
+    with torch.no_grad():
+        probabilities = torch.cat([module(item.images).softmax(1) for item in data])
+    kept = labels >= 0
+    labels, guess = labels[kept], probabilities[kept].argmax(1)
+    assert logged["val/acc"] == pytest.approx(reference.accuracy_score(labels, guess))
+    assert logged["val/macro_f1"] == pytest.approx(reference.f1_score(labels, guess, average="macro"), abs=1e-6)
+    expected = functional.nll_loss(probabilities[kept].log(), labels).item()
+    assert logged["val/loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_any_label_there_are_no_metrics():
+    data = [batch()._replace(labels=torch.full((6,), -1))]
+    with pytest.warns(UserWarning, match="val: no labelled image, so there are no metrics"):
+        logged = quiet_trainer().validate(classifier(), loader(data), verbose=False)
+    assert logged == [{}]
+
+
+def test_outputs_of_evaluation_and_prediction():
+    module, data = classifier().eval(), batch()
+    probabilities = module(data.images).softmax(1)
+    output = silence(module).validation_step(data, 0)
+    assert torch.equal(output["probabilities"], probabilities)
+    assert torch.equal(output["labels"], data.labels)
+    prediction = module.predict_step(data, 0)
+    assert set(prediction) == {"index", "probabilities"}
+    assert torch.equal(prediction["probabilities"], probabilities)
+
+
+@pytest.mark.parametrize("which", ["online", "target"])
+def test_fine_tuning_starts_from_the_chosen_branch(pretrained, which):
+    path, source = pretrained
+    module = classifier(init_from=str(path), which=which)
+    head = module.network.head.weight.clone()
+    module.load_pretrained()
+    encoder = getattr(source, which).encoder
+    images = batch().images
+    assert torch.equal(module.eval().extract_features(images), encoder.eval()(images))
+    assert torch.equal(module.network.head.weight, head)
+
+
+def test_online_and_target_differ(pretrained):
+    _, source = pretrained
+    assert not torch.equal(source.online.encoder.cls_token, source.target.encoder.cls_token)
+
+
+@pytest.mark.parametrize("kind", ["pth", "wrapped", "safetensors", "classifier"])
+def test_other_files_with_weights(tmp_path, kind):
+    torch.manual_seed(3)
+    source = timm.create_model("vit_tiny_patch16_224", img_size=8, in_chans=1, num_classes=7, **TINY)
+    path = tmp_path / f"weights.{'safetensors' if kind == 'safetensors' else 'pth'}"
+    if kind == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(source.state_dict(), path)
+    elif kind == "classifier":
+        trainer, module = quiet_trainer(), classifier(num_classes=7)
+        module.network.load_state_dict(source.state_dict())
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(path, weights_only=True)
+    else:
+        torch.save({"state_dict": source.state_dict()} if kind == "wrapped" else source.state_dict(), path)
+    module = classifier(init_from=str(path))
+    module.load_pretrained()
+    assert torch.equal(module.network.patch_embed.proj.weight, source.patch_embed.proj.weight)
+    assert torch.equal(module.network.blocks[1].mlp.fc2.bias, source.blocks[1].mlp.fc2.bias)
+
+
+def test_any_timm_backbone(tmp_path):
+    source = timm.create_model("resnet18", in_chans=1, num_classes=5)
+    torch.save(source.state_dict(), tmp_path / "resnet.pth")
+    settings = {
+        "encoder": "resnet18",
+        "encoder_options": {},
+        "image_size": 32,
+        "init_from": str(tmp_path / "resnet.pth"),
+    }
+    module = classifier(**settings)
+    module.load_pretrained()
+    images = torch.randn(2, 1, 32, 32)
+    features = source.eval().forward_head(source.forward_features(images), pre_logits=True)
+    assert torch.equal(module.eval().extract_features(images), features)
+    assert module.feature_dim == 512
+
+
+def test_another_image_size_interpolates_the_positions_and_says_so(pretrained, monkeypatch):
+    said = []
+    monkeypatch.setattr("modules.pretrained_weights.rank_zero_info", said.append)
+    path, source = pretrained
+    module = classifier(init_from=str(path), image_size=12)
+    module.load_pretrained()
+    assert said == [f"init_from: position embedding of {path} interpolated from 4x4 to 6x6 patches."]
+    own, given = module.network.pos_embed, source.online.encoder.pos_embed
+    assert torch.equal(own[:, 0], given[:, 0])
+    grid = given[0, 1:].T.reshape(1, 16, 4, 4)
+    expected = functional.interpolate(grid, size=(6, 6), mode="bicubic", antialias=True)
+    assert torch.allclose(own[0, 1:].T.reshape(1, 16, 6, 6), expected, atol=1e-6)
+
+
+def test_another_patch_size_names_the_tensors_and_the_settings_of_the_file(pretrained):
+    path, _ = pretrained
+    module = classifier(init_from=str(path), encoder_options={**TINY, "patch_size": 4})
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit VisionTransformer: 1 of another shape \(patch_embed.proj.weight: \(16, 1, 2, 2\) in the "
+        r"file, \(16, 1, 4, 4\) in the network\). The file was written with encoder: vit_tiny_patch16_224, encoder_options: ",
+    ):
+        module.load_pretrained()
+
+
+def test_another_depth_names_the_tensors(pretrained):
+    path, _ = pretrained
+    module = classifier(init_from=str(path), encoder_options={**TINY, "depth": 3})
+    with pytest.raises(ValueError, match=r"12 missing in the file \(blocks.2.attn.proj.bias, .* and 7 more\)"):
+        module.load_pretrained()
+    module = classifier(init_from=str(path), encoder_options={**TINY, "depth": 1})
+    with pytest.raises(ValueError, match=r"12 not in the network \(blocks.1.attn.proj.bias, .* and 7 more\)"):
+        module.load_pretrained()
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"init_from: there is no file .*nowhere.ckpt"):
+        classifier(init_from=str(tmp_path / "nowhere.ckpt")).load_pretrained()
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(ValueError, match=r"init_from: .*broken.ckpt cannot be read as a weights file"):
+        classifier(init_from=str(tmp_path / "broken.ckpt")).load_pretrained()
+    torch.save({"epoch": 3}, tmp_path / "empty.ckpt")
+    with pytest.raises(ValueError, match=r"init_from: .*empty.ckpt holds no dictionary of tensors"):
+        classifier(init_from=str(tmp_path / "empty.ckpt")).load_pretrained()
+    torch.save({"entity.weight": torch.ones(2)}, tmp_path / "other.ckpt")
+    with pytest.raises(
+        ValueError, match=r"nothing in .*other.ckpt fits VisionTransformer; it holds entity, expected names"
+    ):
+        classifier(init_from=str(tmp_path / "other.ckpt")).load_pretrained()
+
+
+def test_weights_are_taken_at_the_start_of_a_run_and_not_on_resume(pretrained, tmp_path):
+    path, source = pretrained
+    module = classifier(init_from=str(path), lr=1e-9, weight_decay=0.0)
+    trainer = quiet_trainer()
+    trainer.fit(module, loader(batches(2)))
+    assert torch.allclose(module.network.cls_token, source.online.encoder.cls_token, atol=1e-6)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = classifier(init_from=str(tmp_path / "gone.ckpt"), lr=1e-9, weight_decay=0.0)
+    quiet_trainer(max_epochs=2).fit(again, loader(batches(2)), ckpt_path=tmp_path / "a.ckpt")
+    read = ImageClassifier.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(read.network.head.weight, module.network.head.weight)
+
+
+def test_linear_evaluation_trains_only_the_classifier(pretrained):
+    path, source = pretrained
+    module = classifier(init_from=str(path), freeze=True, lr=0.1, optimizer="sgd", weight_decay=0.0)
+    before = module.network.head.weight.clone()
+    quiet_trainer().fit(module, loader(batches(4)))
+    module.eval()
+    images = batch().images
+    features = source.online.encoder.eval()(images)
+    assert torch.equal(module.extract_features(images), features)
+    assert not torch.equal(module.network.head.weight, before)
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trained == ["network.head.weight", "network.head.bias"]
+    mean, variance = module.standardise.running_mean, module.standardise.running_var
+    expected = module.network.head((features - mean) / (variance + 1e-5).sqrt())
+    assert torch.allclose(module(images), expected, atol=1e-6)
+    assert torch.allclose(module.deployable_network()(images), expected, atol=1e-6)
+
+
+def test_a_frozen_network_stays_in_evaluation_mode():
+    module = classifier(freeze=True, drop_path=0.5).train()
+    assert not module.network.training
+    assert module.standardise.training
+
+
+def test_linear_evaluation_needs_one_linear_layer():
+    with pytest.raises(
+        ValueError, match="freeze: deit_tiny_distilled_patch16_224 has a tuple as classifier; linear eval"
+    ):
+        classifier(encoder="deit_tiny_distilled_patch16_224", encoder_options={"depth": 1}, freeze=True, image_size=32)
+
+
+def test_fixed_sincos_positions():
+    module = classifier(pos_embed="sincos")
+    assert not module.network.pos_embed.requires_grad
+    assert module.network.pos_embed[0, 0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("rule", ["inverse", "effective"])
+def test_class_weights_come_from_the_training_labels(rule):
+    data = DataLoader(Pictures([0] * 8 + [1] * 4), batch_size=4, collate_fn=collate)
+    module = classifier(class_weight=rule)
+    quiet_trainer().fit(module, data)
+    weights = module.class_weights
+    assert weights[2] == 0
+    assert weights[0] < 1 < weights[1]
+    assert weights[:2].mean().item() == pytest.approx(1)
+
+
+def test_learning_rates_fall_with_depth_and_scale_with_the_batch():
+    module = classifier(layer_decay=0.5, lr=1e-3, lr_reference_batch=8, schedule="constant")
+    trainer = quiet_trainer()
+    trainer.fit(module, DataLoader(Pictures([0, 1, 2] * 4), batch_size=4, collate_fn=collate))
+    rates = sorted({group["lr"] for group in trainer.optimizers[0].param_groups})
+    assert rates == pytest.approx([0.5e-3 * 0.5**k for k in (3, 2, 1, 0)])
+
+
+def test_drop_path_and_dropout_reach_the_network():
+    module = classifier(drop_path=0.4, dropout=0.3)
+    assert module.network.blocks[1].drop_path1.drop_prob == pytest.approx(0.4)
+    assert module.network.head_drop.p == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dropout": 1.0}, r"dropout: 1.0 is outside \[0, 1\)"),
+        ({"drop_path": -0.1}, r"drop_path: -0.1 is outside \[0, 1\)"),
+        ({"label_smoothing": 1.5}, r"label_smoothing: 1.5 is outside \[0, 1\)"),
+        ({"layer_decay": 0.0}, r"layer_decay: 0.0 is outside \(0, 1\]"),
+        ({"num_classes": 1}, "num_classes: 1 is below 2"),
+        ({"main_metric": "f2"}, "main_metric: 'f2' is unknown; expected acc, balanced_acc, kappa"),
+        ({"class_names": ["a"]}, "class_names: 1 names for 3 classes"),
+        ({"lr": 0.0}, "lr: 0.0 is not positive"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(**settings)
+
+
+def test_probabilities_sum_to_one_in_half_precision():
+    trainer = quiet_trainer(precision="bf16-mixed")
+    output = trainer.predict(classifier(), loader(batches(2)))
+    assert np.allclose(output[0]["probabilities"].sum(1), 1, atol=1e-6)
