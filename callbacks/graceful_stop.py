@@ -38,6 +38,7 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         self._signal = 0
+        self._exit: SIGTERMException | None = None
         self._previous: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -47,16 +48,31 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals, after Lightning has installed its own handlers."""
-        self._signal = 0
+        self._signal, self._exit = 0, None
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here if a rank was told to, unless gradients are still being accumulated."""
-        if not trainer.fit_loop._should_accumulate():
-            self._stop_if_told(trainer)
+        """Save if a rank was told to stop, unless gradients are still being accumulated.
+
+        The run ends at the next hook, after Lightning has logged this batch.
+        """
+        if not trainer.fit_loop._should_accumulate() and self._is_told(trainer):
+            self._exit = self._save_and_explain(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Leave, if the step before was the last one."""
+        self._leave()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave, if the step before was the last one."""
+        self._leave()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave, if the step before was the last one."""
+        self._leave()
 
     def on_validation_batch_end(
         self,
@@ -67,9 +83,10 @@ class GracefulStop(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop here if a rank was told to, as validation can be long."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._stop_if_told(trainer)
+        """Save and leave if a rank was told to stop, as validation can be long."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._is_told(trainer):
+            self._exit = self._save_and_explain(trainer)
+            self._leave()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the signals back."""
@@ -94,19 +111,23 @@ class GracefulStop(Callback):
             # print could be interrupted halfway through a print
             os.write(2, f"\n{name}: finishing this step and saving; once more to stop at once.\n".encode())
 
-    def _stop_if_told(self, trainer: Trainer) -> None:
-        number = self._signal
+    def _is_told(self, trainer: Trainer) -> bool:
         if trainer.world_size > 1:
-            highest = torch.tensor(number, device=trainer.strategy.root_device)
+            highest = torch.tensor(self._signal, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-            number = int(highest)
-        if not number:
-            return
+            self._signal = int(highest)
+        return self._signal != 0
+
+    def _save_and_explain(self, trainer: Trainer) -> SIGTERMException:
         path = _save_last(trainer)
-        name = signal.Signals(number).name
+        name = signal.Signals(self._signal).name
         rank_zero_info(f"Stopped by {name} after step {trainer.global_step}; continue with --ckpt_path {path}")
-        # Lightning's launcher kills rank 0 while it is still closing its loggers when another rank reports a failure.
-        raise SIGTERMException(128 + number if trainer.is_global_zero else 0)
+        # Lightning's launcher kills rank 0 while it is still closing its loggers if another rank reports a failure.
+        return SIGTERMException(128 + self._signal if trainer.is_global_zero else 0)
+
+    def _leave(self) -> None:
+        if self._exit is not None:
+            raise self._exit
 
     def _restore(self) -> None:
         previous, self._previous = self._previous, {}

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric
 
 from callbacks.checkpoint_io import AtomicCheckpointIO
 from callbacks.exact_resume import ExactResume
@@ -71,6 +72,7 @@ class NoisyRegression(LightningModule):
         torch.manual_seed(3)
         self.layers = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1))
         self.momentum = momentum
+        self.validation_loss = MeanMetric()
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.long))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -83,7 +85,9 @@ class NoisyRegression(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y, _ = batch
-        self.log("val/loss", ((self.layers(x).squeeze(1) - y) ** 2).mean(), batch_size=len(y), sync_dist=True)
+        # A metric, because Lightning's own mean over ranks rounds the number of samples per rank.
+        self.validation_loss.update((self.layers(x).squeeze(1) - y) ** 2)
+        self.log("val/loss", self.validation_loss)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
@@ -135,25 +139,37 @@ class Record:
     events: list[Any] = field(default_factory=list)
     logged: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     final: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # how much had happened when a file was saved
 
 
 class Recorder(Callback):
-    """Write down each batch and each beginning and end, and save at every place where Lightning saves."""
+    """Write down each batch and each beginning and end, and save at every place where Lightning saves.
+
+    ``stop_after`` names the place whose file is the last one before the run dies.
+    """
 
     def __init__(self, record: Record, folder: Path | None, stop_after: str | None = None) -> None:
         self.record, self.folder, self.stop_after = record, folder, stop_after
+        self.doomed = False
+
+    def _live(self) -> None:
+        if self.doomed:
+            raise RunStoppedError
 
     def _event(self, trainer: Trainer, name: str) -> None:
+        self._live()
         self.record.events.append((name, trainer.current_epoch, trainer.global_step, trainer.fit_loop.batch_idx))
 
     def _save(self, trainer: Trainer, name: str) -> None:
         place = f"{name}-{trainer.current_epoch}-{trainer.fit_loop.batch_idx}"
         if self.folder is not None:
-            trainer.save_checkpoint(self.folder / f"{place}.ckpt")
-        if place == self.stop_after:
-            raise RunStoppedError
+            self.record.places[place] = (len(self.record.batches), len(self.record.events))
+            trainer.save_checkpoint(self.folder / f"{place}.ckpt", weights_only=False)
+        # The next event is fatal, so that Lightning can still log this batch.
+        self.doomed = place == self.stop_after
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._event(trainer, "batch start")
         parts = list(batch.values()) if isinstance(batch, dict) else [batch]
         keys = [keys.tolist() for _, _, keys in parts]
         self.record.batches.append((trainer.current_epoch, batch_idx, keys))
@@ -165,6 +181,10 @@ class Recorder(Callback):
         self._event(trainer, "batch end")
         if not trainer.fit_loop._should_accumulate():
             self._save(trainer, "batch")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not an event, because a validation that was interrupted starts again.
+        self._live()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if not trainer.sanity_checking and trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready == 1:
@@ -178,6 +198,9 @@ class Recorder(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._event(trainer, "epoch end")
         self._save(trainer, "epoch")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._live()
 
 
 class RunStoppedError(Exception):
@@ -220,7 +243,8 @@ def train(
         trainer.fit(model, datamodule=data, ckpt_path=resume)
     except RunStoppedError:
         return record
-    record.logged = logger.values
+    finally:
+        record.logged = {key: values for key, values in logger.values.items() if key[0].endswith("loss")}
     record.final = {
         "weights": model.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
