@@ -1,5 +1,6 @@
 """Checkpoints that are never half-written, and are read without running foreign code."""
 
+import errno
 import os
 import pickle
 import re
@@ -101,6 +102,11 @@ def load_checkpoint(
         raise _damaged(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
+    except OSError as error:
+        # Sought beyond the end of a file that was cut off.
+        if error.errno == errno.EINVAL:
+            raise _damaged(path, error) from error
+        raise
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, expected the dictionary of a checkpoint")
     return checkpoint

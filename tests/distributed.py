@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: 
     Raises:
         AssertionError: If a rank raised, died or did not finish in time, with the traceback of every such rank.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lightning.pytorch"])
+    context = quick_processes()
     environment = {name: os.environ[name] for name in ENVIRONMENT_NAMES if name in os.environ}
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes, connections = [], []
@@ -69,6 +69,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: 
     if errors:
         raise AssertionError("\n".join(f"rank {rank}: {message}" for rank, message in sorted(errors.items())))
     return [results[rank] for rank in range(world_size)]
+
+
+def quick_processes() -> BaseContext:
+    """Return a ``multiprocessing`` context whose processes are new ones, but with torch and Lightning imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "lightning.pytorch"])
+    return context
 
 
 def _collect(
