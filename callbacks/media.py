@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES_PER_ROW = 8
+CELL, GAP, FONT_SIZE = 160, 6, 12  # pixels
 
 
 class Media:
@@ -76,11 +78,11 @@ class Media:
         pixels = [to_pixels(image) for image, _ in images]
         captions = [caption for _, caption in images]
         sheet = contact_sheet(pixels, captions)
-        self._write_png(key, _encode_figure(sheet))
+        self._write_png(key, _encode_pixels(sheet, ""))
         for logger in self._wandb_loggers():
             logger.log_image(key, pixels, step=self.trainer.global_step, caption=captions)
         for board in self._boards():
-            board.add_figure(key, sheet, self.trainer.global_step, close=False)
+            board.add_image(key, sheet, self.trainer.global_step, dataformats="HWC")
 
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table of plain values.
@@ -191,20 +193,35 @@ def to_pixels(image: Tensor | np.ndarray) -> np.ndarray:
     return values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
 
 
-def contact_sheet(pixels: Sequence[np.ndarray], captions: Sequence[str]) -> "Figure":
-    """Arrange pictures (H, W, 3) in rows, each under its caption."""
-    from matplotlib.figure import Figure
+def contact_sheet(pixels: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """Arrange pictures in rows, each above its caption; small ones are enlarged by a whole factor.
 
-    columns = min(len(pixels), PICTURES_PER_ROW)
-    rows = -(-len(pixels) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis("off")
-    for axis, picture, caption in zip(axes, pixels, captions, strict=False):
-        axis.imshow(picture, interpolation="nearest")
-        axis.set_title(caption, fontsize=7, parse_math=False)
-    return figure
+    Args:
+        pixels: (H, W, 3) uint8 each, sizes may differ.
+        captions: one per picture; long ones are wrapped.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    factors = [max(1, CELL // max(picture.shape[:2])) for picture in pixels]
+    pictures = [picture.repeat(f, 0).repeat(f, 1) for picture, f in zip(pixels, factors, strict=True)]
+    width, height = (max(CELL, *(picture.shape[axis] for picture in pictures)) for axis in (1, 0))
+    font = ImageFont.load_default(size=FONT_SIZE)
+    texts = ["\n".join(textwrap.wrap(caption, width * 2 // FONT_SIZE)) for caption in captions]
+    line = FONT_SIZE + 4
+    height += line * max(text.count("\n") + 1 for text in texts)
+    columns = min(len(pictures), PICTURES_PER_ROW)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        row, column = divmod(place, columns)
+        x, y = GAP + column * (width + GAP), GAP + row * (height + GAP)
+        sheet.paste(Image.fromarray(picture), (x, y))
+        draw.multiline_text((x, y + picture.shape[0]), text, fill="black", font=font)
+    return np.asarray(sheet)
 
 
 def bar_chart(labels: Sequence[str], values: Sequence[float], title: str = "") -> "Figure":

@@ -167,7 +167,8 @@ class FeatureProbes(Callback):
         every_n_epochs: probe in every n-th epoch and in the last one. A checkpoint monitor of ``val/main`` sees the
             latest value in the others.
         main: ``acc``, ``balanced_acc`` or ``kappa``; None for ``main_metric`` of the datamodule, else ``acc``.
-        media: whether to show confusion matrix, recall chart and a map of the features by their two principal axes.
+        pictures_every_n_epochs: show confusion matrix, recall chart and a map of the features by their two principal
+            axes in every n-th epoch (a multiple of ``every_n_epochs``) and in the last one; 0 for never.
 
     Raises:
         ValueError: for an argument out of its range, and in ``setup`` if labelled samples cannot be had.
@@ -196,7 +197,7 @@ class FeatureProbes(Callback):
         C: float = 0.1,
         every_n_epochs: int = 1,
         main: MainMetric | None = None,
-        media: bool = True,
+        pictures_every_n_epochs: int = 5,
     ) -> None:
         if not knn and not linear:
             raise ValueError("FeatureProbes: knn and linear are both False, so there is nothing to do")
@@ -204,6 +205,8 @@ class FeatureProbes(Callback):
         for field, value in (*positive, ("every_n_epochs", every_n_epochs)):
             if not value > 0:
                 raise ValueError(f"FeatureProbes: {field} is {value}, expected a number > 0")
+        if pictures_every_n_epochs < 0:
+            raise ValueError(f"FeatureProbes: pictures_every_n_epochs is {pictures_every_n_epochs}, expected >= 0")
         if main is not None and main not in get_args(MainMetric):
             raise ValueError(f"FeatureProbes: main is {main!r}, expected one of {', '.join(get_args(MainMetric))}")
         self.knn = knn
@@ -213,7 +216,7 @@ class FeatureProbes(Callback):
         self.C = C
         self.every_n_epochs = every_n_epochs
         self.main = main
-        self.media = media
+        self.pictures_every_n_epochs = pictures_every_n_epochs
         self._queries = StepOutputs()
         self._bank_loader: Iterable[Any] | None = None
         self._enabled = self._due = False
@@ -325,7 +328,7 @@ class FeatureProbes(Callback):
             confusions[kind] = confusion_matrix(labels, probabilities.argmax(1).cpu().numpy(), classes)
         result["scores"] = self._scores(trainer, pl_module, stage, confusions)
         media = Media(trainer)
-        if self.media and media.active:
+        if media.active and self.pictures_every_n_epochs and is_due(trainer, self.pictures_every_n_epochs):
             names = class_names_of(trainer, pl_module, classes)
             show_confusion(media, f"{stage}/probe", next(iter(confusions.values())), names)
             media.figure(f"{stage}/features", feature_map(queries["features"], labels, names))

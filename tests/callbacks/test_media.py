@@ -34,8 +34,15 @@ class Everything(Callback):
             media.figure("val/curve", figure)
 
 
-def show(folder, **options):
-    trainer = quiet_trainer(folder, max_steps=2, callbacks=[EMATarget("online", "target"), Everything()], **options)
+class OneTable(Callback):
+    """Shows little, quickly."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        Media(trainer).table("val/steps", ["step"], [[trainer.global_step]])
+
+
+def show(folder, callback=Everything, **options):
+    trainer = quiet_trainer(folder, max_steps=2, callbacks=[EMATarget("online", "target"), callback()], **options)
     trainer.fit(Byol(), loader())
     return trainer
 
@@ -102,12 +109,12 @@ def test_a_trial_run_writes_nothing(tmp_path):
 
 
 def show_rank(rank, folder):
-    show(f"{folder}/rank{rank}", devices=2, strategy="ddp")
+    show(f"{folder}/rank{rank}", OneTable, devices=2, strategy="ddp")
 
 
 def test_only_rank_zero_writes(tmp_path):
     run_ranks(show_rank, 2, str(tmp_path))
-    assert len(files(tmp_path / "rank0/media")) == 6
+    assert files(tmp_path / "rank0/media") == [f"val/steps/step-{step:08d}.csv" for step in (1, 2)]
     assert not (tmp_path / "rank1/media").exists()
 
 
@@ -124,11 +131,24 @@ def test_pixels():
         to_pixels(np.zeros((4, 5, 3)))
 
 
-def test_charts_show_what_they_are_given():
-    figure = contact_sheet([to_pixels(PICTURE)] * 10, [str(i) for i in range(10)])
-    assert [axis.get_title() for axis in figure.axes[:10]] == [str(i) for i in range(10)]
-    assert len(figure.axes) == 16
-    assert np.array_equal(figure.axes[9].images[0].get_array(), to_pixels(PICTURE))
+def test_contact_sheet_enlarges_small_pictures_above_their_captions():
+    pixels = to_pixels(PICTURE)
+    sheet = contact_sheet([pixels] * 10, ["a caption"] * 10)
+    factor = 32  # the longer side of 5 pixels fills 160
+    enlarged = np.kron(pixels, np.ones((factor, factor, 1), np.uint8))
+    assert np.array_equal(sheet[6 : 6 + 4 * factor, 6:166], enlarged)
+    assert np.array_equal(sheet[6 : 6 + 4 * factor, 172:332], enlarged)
+    assert sheet.shape == (6 + 2 * (160 + 16 + 6), 6 + 8 * 166, 3)
+    below = sheet[6 + 4 * factor : 6 + 4 * factor + 16, 6:166]
+    assert below.min() < 100  # ink of the caption
+    assert sheet[-100:, 400:].min() == 255  # the second row holds two pictures
+    wrapped = contact_sheet([pixels], ["word " * 20])
+    assert wrapped.shape[0] > 6 + 160 + 3 * 16
+    large = contact_sheet([np.zeros((300, 200, 3), np.uint8)], [""])
+    assert large.shape == (6 + 300 + 16 + 6, 6 + 200 + 6, 3)
+
+
+def test_bar_chart_shows_what_it_is_given():
     (axis,) = bar_chart(["a", "b"], [1.0, 3.0], "T").axes
     assert [bar.get_width() for bar in axis.patches] == [1.0, 3.0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]

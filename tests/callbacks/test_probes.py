@@ -117,7 +117,7 @@ def test_steps_that_return_nothing(tmp_path):
     results = []
     for model_class in (Encoder, Silent):
         seed_everything(0)
-        trainer = quiet_trainer(tmp_path, callbacks=[FeatureProbes(media=False)])
+        trainer = quiet_trainer(tmp_path, callbacks=[FeatureProbes(pictures_every_n_epochs=0)])
         trainer.validate(model_class(), Clusters(), verbose=False)
         results.append({key: float(value) for key, value in trainer.callback_metrics.items()})
     assert results[0] == results[1]
@@ -162,7 +162,9 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
         seed_everything(seed)
         model = Seeded()
         checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[FeatureProbes(media=False), checkpoint])
+        trainer = quiet_trainer(
+            tmp_path, max_epochs=2, callbacks=[FeatureProbes(pictures_every_n_epochs=0), checkpoint]
+        )
         trainer.fit(model, datamodule=Clusters(), weights_only=True, **options)
         return model.state_dict(), {key: float(value) for key, value in trainer.callback_metrics.items()}
 
@@ -188,10 +190,17 @@ def test_every_n_epochs_and_the_last(tmp_path):
             return super().extract_features(images)
 
     model = Counting()
-    callbacks = [FeatureProbes(every_n_epochs=2, media=False)]
+    callbacks = [FeatureProbes(every_n_epochs=2, pictures_every_n_epochs=0)]
     quiet_trainer(tmp_path, max_epochs=4, callbacks=callbacks).fit(model, datamodule=Clusters())
     bank, val = 8, 4  # batches
     assert model.calls == [bank + val, val, bank + val, bank + val]
+
+
+def test_pictures_have_their_own_rhythm(tmp_path):
+    callbacks = [FeatureProbes(pictures_every_n_epochs=3)]
+    quiet_trainer(tmp_path, max_epochs=5, callbacks=callbacks).fit(Encoder(), datamodule=Clusters())
+    shown = sorted(path.name for path in (tmp_path / "media/val/features").iterdir())
+    assert shown == [f"step-{step:08d}.png" for step in (8, 32, 40)]
 
 
 def validate_rank(rank, folder):
@@ -304,6 +313,7 @@ def test_feature_map_has_a_point_per_sample(classes):
         ({"temperature": 0.0}, r"temperature is 0\.0"),
         ({"C": -1.0}, r"C is -1\.0"),
         ({"every_n_epochs": 0}, "every_n_epochs is 0"),
+        ({"pictures_every_n_epochs": -1}, "pictures_every_n_epochs is -1, expected >= 0"),
         ({"main": "auc"}, "main is 'auc', expected one of acc, balanced_acc, kappa"),
     ],
 )
