@@ -140,6 +140,7 @@ class Record:
     logged: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     final: dict[str, Any] = field(default_factory=dict)
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # how much had happened when a file was saved
+    exit_code: int | str | None = None
 
 
 class Recorder(Callback):
@@ -242,6 +243,9 @@ def train(
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume)
     except RunStoppedError:
+        return record
+    except SystemExit as stop:
+        record.exit_code = stop.code
         return record
     finally:
         record.logged = {key: values for key, values in logger.values.items() if key[0].endswith("loss")}
