@@ -69,7 +69,8 @@ class AuxiliaryObjectives:
         for name, objective in self.objectives():
             output = objective(pairs)
             total = total + output.weight * output.loss
-            self.log_epoch({f"train/{name}_loss": output.loss, **{f"train/{k}": v for k, v in output.metrics.items()}})
+            metrics = {f"train/{key}": value for key, value in output.metrics.items()}
+            self.log_epoch({f"train/{name}_loss": output.loss, **metrics}, batch_size=len(pairs[0].online))
         return total
 
     def log_epoch(self, values: dict[str, Tensor], batch_size: int | None = None) -> None:

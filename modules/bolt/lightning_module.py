@@ -174,8 +174,8 @@ class BOLT(FeatureLearner):
                 raise ValueError(f"{field}: {self.hparams[field]} is below 1")
 
     def setup(self, stage: str) -> None:
-        """Compile the blocks if asked to; this renames no parameter."""
-        if self.hparams.compile_blocks:
+        """Compile the blocks for training if asked to; this renames no parameter."""
+        if stage == "fit" and self.hparams.compile_blocks:
             for branch in (self.online, self.target):
                 branch.encoder.blocks.compile()
 

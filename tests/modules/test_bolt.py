@@ -224,6 +224,17 @@ def test_frozen_patch_embedding_stays():
     assert torch.equal(module.online.encoder.patch_embed.proj.weight, before)
 
 
+def test_only_the_blocks_are_compiled_and_no_name_changes():
+    module, plain = tiny_bolt(compile_blocks=True), tiny_bolt()
+    module.setup("validate")
+    assert module.online.encoder.blocks._compiled_call_impl is None
+    module.setup("fit")
+    assert module.online.encoder.blocks._compiled_call_impl is not None
+    assert module.target.encoder.blocks._compiled_call_impl is not None
+    assert module.deployable_network().blocks._compiled_call_impl is None
+    assert list(module.state_dict()) == list(plain.state_dict())
+
+
 def test_features_and_deployable_network_are_the_plain_encoder():
     module = tiny_bolt().eval()
     images = batch().images
