@@ -37,9 +37,7 @@ def create_network(
 
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"encoder: {name!r} is not a timm model; nearest: {', '.join(near) or 'none'}")
-    if name == SMALL_VIT or not _same_items(options, SMALL_VIT_OPTIONS):
-        pass
-    else:
+    if name != SMALL_VIT and options.items() >= SMALL_VIT_OPTIONS.items():
         rank_zero_warn(
             f"encoder_options {SMALL_VIT_OPTIONS} are those of the small digits encoder and now change {name}; "
             "give encoder_options: {} for the model as timm defines it."
@@ -51,10 +49,6 @@ def create_network(
         raise ValueError(f"encoder_options: {name} does not take {options}: {error}") from error
     check_divisible(network, image_size)
     return network
-
-
-def _same_items(options: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(options.get(key) == value for key, value in other.items())
 
 
 def _create(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
