@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from ssl import SSLError
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -122,7 +123,7 @@ def _receive(remote: RemoteFile, target: Path, part: Path, attempts: int, wait: 
             reason = f"the server answered {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
                 break
-        except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        except (URLError, HTTPException, TimeoutError, ConnectionError, SSLError) as error:
             reason = str(getattr(error, "reason", error))
         except OSError as error:
             raise DownloadError(f"{part}: cannot be written ({error}); the bytes so far are kept") from error

@@ -16,7 +16,7 @@ class ImageClassification(ImageDataModule):
         layout: ``digits`` (8x8, part of scikit-learn, nothing to download), ``folder`` (``<class>/*`` or
             ``{train,val,test}/<class>/*``, optionally with ``split.csv``), ``cifar10`` or ``cifar100`` (the python
             archives).
-        root: Folder of the data set; not needed for ``digits``.
+        root: Folder of the data set; not needed for ``digits``, and CIFAR goes to ``data/cifar`` without one.
         download: Fetch the CIFAR archive if it is missing.
         verify_md5: Refuse a CIFAR archive whose content is not the published one.
         mirror: Address of a folder with the CIFAR archive, instead of the author's page.

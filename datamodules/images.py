@@ -1,13 +1,12 @@
 """The LightningDataModule behind every image data set: splits, label subsets, caching, loaders, predictions."""
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,10 +20,11 @@ from datamodules.image_dataset import (
     quiet_worker,
     usable_cores,
 )
-from datamodules.image_files import list_images, same_content
+from datamodules.image_files import list_images
+from datamodules.partition import check_leaks, divide, labelled_only
 from datamodules.readers.samples import Reader, Samples, checked_folder
 from datamodules.sampling import EvaluationBatchSampler, TrainBatchSampler
-from datamodules.splits import PARTS, check_classes, grouped_split, labelled_rows, leaks, merge_groups, stratified_split
+from datamodules.splits import PARTS, check_classes, labelled_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -241,9 +241,18 @@ class ImageDataModule(LightningDataModule):
         Args:
             index: (N,) rows of the predicted images, as in the batches.
             probabilities: (N, classes).
+
+        Raises:
+            ValueError: If the model knows another number of classes than the data set.
         """
+        probabilities = np.asarray(probabilities)
+        if probabilities.shape[1] != self.num_classes:
+            raise ValueError(
+                f"the model predicts {probabilities.shape[1]} classes, but the data set has {self.num_classes} "
+                f"({', '.join(self.class_names)}); use the data set that the model was trained on"
+            )
         ids = self._part("predict").ids[np.asarray(index)]
-        return self.reader.predictions(ids.tolist(), np.asarray(probabilities))
+        return self.reader.predictions(ids.tolist(), probabilities)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Turn model input (B, C, H, W) back into values in [0, 1]."""
@@ -293,54 +302,13 @@ class ImageDataModule(LightningDataModule):
         )
 
     def _split(self) -> dict[str, Samples]:
-        return self._leak_checked(self._without_unlabelled(self._divided(self.reader.read())))
-
-    def _divided(self, found: dict[str, Samples]) -> dict[str, Samples]:
-        """Follow ``split``: keep the parts that came with the data, or divide everything anew."""
-        split = self.hparams.split
-        if split == "given" and "all" in found:
-            raise ValueError("--data.split given: this data set comes without a split; set auto, grouped or random")
-        if "all" in found or split in ("grouped", "random"):
-            return self._new_split(Samples.concatenate(list(found.values())), self.hparams.test_fraction)
-        if "train" in found and "val" not in found:
-            rank_zero_info(f"no validation part: {self.hparams.val_fraction:.0%} of the training part is set aside")
-            test = 0.0 if "test" in found else self.hparams.test_fraction
-            return {**found, **self._new_split(found["train"], test)}
-        return found
-
-    def _new_split(self, samples: Samples, test: float) -> dict[str, Samples]:
-        val, seed = self.hparams.val_fraction, self.hparams.split_seed
-        if self.hparams.split == "random":
-            rows = stratified_split(samples.labels, val, test, seed)
-        else:
-            groups = merge_groups(samples.groups, _identical(samples).values(), len(samples))
-            rows = grouped_split(samples.labels, groups, val, test, seed)
-        return {part: samples.take(rows[part]) for part in PARTS if part != "test" or test}
-
-    def _without_unlabelled(self, parts: dict[str, Samples]) -> dict[str, Samples]:
-        """Pre-training takes images without a label; everything else cannot use them."""
-        if self.hparams.augment == "pretrain":
-            return parts
-        kept = {part: samples.take(samples.labels >= 0) for part, samples in parts.items()}
-        empty = [part for part, samples in kept.items() if not len(samples)]
-        if empty:
-            raise ValueError(
-                f"split '{empty[0]}' has no labelled image; only --data.augment pretrain works without labels"
-            )
-        return kept
-
-    def _leak_checked(self, parts: dict[str, Samples]) -> dict[str, Samples]:
-        found = leaks(_shared_between(parts))
-        if not found:
-            return parts
-        examples = "; ".join(found[:3])
-        text = f"{len(found)} images or groups are in more than one split, such as {examples}"
-        if self.reader.published_split and self.hparams.split in ("auto", "given"):
-            rank_zero_warn(f"{text}; this is so in the published data set and is left as it is")
-        elif self.hparams.allow_leakage:
-            rank_zero_warn(f"{text}; used as they are, as allow_leakage is set")
-        else:
-            raise ValueError(f"{text}; set --data.split grouped to split anew, or --data.allow_leakage true to go on")
+        options = self.hparams
+        found = self.reader.read()
+        parts = divide(found, options.split, options.split_seed, options.val_fraction, options.test_fraction)
+        if options.augment != "pretrain":
+            parts = labelled_only(parts)
+        published = self.reader.published_split and options.split in ("auto", "given")
+        check_leaks(parts, published, options.allow_leakage)
         return parts
 
     def _check_train_part(self) -> None:
@@ -500,25 +468,3 @@ def _luminance(pixels: np.ndarray) -> np.ndarray:
     """RGB (N, H, W, 3) to grey (N, H, W, 1) with the weights of ITU-R BT.601."""
     weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
     return np.stack([np.rint(image @ weights).astype(np.uint8) for image in pixels])[..., None]
-
-
-def _identical(samples: Samples) -> dict[str, list[int]]:
-    """Content -> rows, for images that occur more than once."""
-    if samples.paths is not None:
-        return same_content(samples.paths.tolist())
-    by_content: dict[str, list[int]] = {}
-    for row, image in enumerate(samples.pixels):
-        by_content.setdefault(blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest(), []).append(row)
-    return {content: rows for content, rows in by_content.items() if len(rows) > 1}
-
-
-def _shared_between(parts: dict[str, Samples]) -> dict[str, list[tuple[str, str]]]:
-    """Content or group -> the (part, id) of each of its rows."""
-    owners = [(part, name) for part, samples in parts.items() for name in samples.ids.tolist()]
-    everything = Samples.concatenate(list(parts.values()))
-    shared = {content: [owners[row] for row in rows] for content, rows in _identical(everything).items()}
-    if everything.groups is not None:
-        for owner, group in zip(owners, everything.groups.tolist(), strict=True):
-            if group:
-                shared.setdefault(f"group {group}", []).append(owner)
-    return shared

@@ -16,7 +16,7 @@ class MedicalImages(ImageDataModule):
     Args:
         layout: ``folder`` (``<class>/*`` or ``{train,val,test}/<class>/*``, optionally with ``split.csv``),
             ``medmnist`` (``<name>.npz``), ``isic2019`` or ``aptos2019`` (the challenges' own folders).
-        root: Folder of the data set.
+        root: Folder of the data set; MedMNIST archives go to ``data/medmnist`` without one.
         name: Which MedMNIST archive, such as ``bloodmnist``, or the stem of a file of your own.
         medmnist_size: Side length of the published images: 28, 64, 128 or 224.
         download: Fetch the MedMNIST archive if it is missing.

@@ -39,6 +39,9 @@ def stratified_split(labels: np.ndarray, val: float, test: float, seed: int) -> 
 def grouped_split(labels: np.ndarray, groups: np.ndarray, val: float, test: float, seed: int) -> dict[str, np.ndarray]:
     """Split rows so that no group is torn apart and the classes are as evenly spread as that allows.
 
+    Rows are dealt to equal folds; the folds that mirror the classes best become the test and the validation part, so
+    that one large group of a rare class ends up in training.
+
     Args:
         labels: (N,) class indices.
         groups: (N,) names; rows with an empty name are on their own.
@@ -68,8 +71,9 @@ def grouped_split(labels: np.ndarray, groups: np.ndarray, val: float, test: floa
     for number, (_, held_out) in enumerate(splitter.split(np.zeros((len(labels), 1)), labels, numbers)):
         fold[held_out] = number
     n_test, n_val = round(test * folds), round(val * folds)
-    bounds = {"test": (0, n_test), "val": (n_test, n_test + n_val), "train": (n_test + n_val, folds)}
-    return {part: np.flatnonzero((fold >= bounds[part][0]) & (fold < bounds[part][1])) for part in PARTS}
+    typical = _most_typical_first(labels, fold, folds)
+    folds_of = {"test": typical[:n_test], "val": typical[n_test : n_test + n_val], "train": typical[n_test + n_val :]}
+    return {part: np.flatnonzero(np.isin(fold, folds_of[part])) for part in PARTS}
 
 
 def group_numbers(groups: np.ndarray) -> np.ndarray:
@@ -191,6 +195,15 @@ def _share(count: int, share: float) -> int:
     if share == 0 or count < 3:
         return 0
     return max(1, round(count * share))
+
+
+def _most_typical_first(labels: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
+    """Order folds by how far the share of any class in them is from that of an even spread."""
+    _, classes = np.unique(labels, return_inverse=True)
+    counts = np.zeros((folds, classes.max() + 1))
+    np.add.at(counts, (fold, classes), 1)
+    deviation = np.abs(counts / counts.sum(axis=0) - 1 / folds).max(axis=1)
+    return np.argsort(deviation, kind="stable")
 
 
 def _number_of_folds(val: float, test: float) -> int:

@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 import warnings
@@ -36,6 +37,13 @@ def gathered(loader):
         torch.cat([batch.labels for batch in batches]),
         torch.cat([batch.index for batch in batches]),
     )
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left():
+    """Loaders hold reference cycles: end their workers here and not in the middle of another test."""
+    yield
+    gc.collect()
 
 
 # Facts
@@ -261,7 +269,10 @@ def test_workers_yield_the_same_evaluation_batches(class_folders):
 def test_workers_stay_alive_between_epochs(class_folders):
     loader = folder_of(class_folders, num_workers=1).train_dataloader()
     assert loader.persistent_workers
-    assert len(list(loader)) == len(list(loader))
+    iterator = iter(loader)
+    first = [worker.pid for worker in iterator._workers]
+    assert len(list(iterator)) == len(loader)
+    assert [worker.pid for worker in iter(loader)._workers] == first
 
 
 def test_small_sets_in_memory_need_no_workers(class_folders, monkeypatch):
@@ -412,18 +423,20 @@ def test_a_random_split_that_tears_copies_apart_is_refused(class_folders):
         source = class_folders / "platelet" / f"PL_{number}.jpg"
         (class_folders / "platelet" / f"copy_{number}.jpg").write_bytes(source.read_bytes())
     with pytest.raises(
-        ValueError, match=r"\d+ images or groups are in more than one split, such as .*platelet/"
+        ValueError, match=r"\d+ image\(s\) or group\(s\) are in more than one split, such as .*platelet/"
     ) as caught:
         folder_of(class_folders, split="random").setup()
     assert "set --data.split grouped to split anew, or --data.allow_leakage true to go on" in str(caught.value)
-    with pytest.warns(UserWarning, match=r"images or groups are in more than one split"):
+    with pytest.warns(UserWarning, match=r"image\(s\) or group\(s\) are in more than one split"):
         folder_of(class_folders, split="random", allow_leakage=True).setup()
 
 
 def test_a_given_split_with_the_same_file_twice_is_refused(part_folders):
     copy = part_folders / "test" / "dog" / "9.JPEG"
     copy.write_bytes((part_folders / "train" / "cat" / "1.JPEG").read_bytes())
-    with pytest.raises(ValueError, match=r"1 images or groups .* test: test/dog/9\.JPEG = train: train/cat/1\.JPEG"):
+    with pytest.raises(
+        ValueError, match=r"1 image\(s\) or group\(s\) .* test: test/dog/9\.JPEG = train: train/cat/1\.JPEG"
+    ):
         ImageClassification(layout="folder", root=str(part_folders), **SMALL).setup()
 
 
@@ -535,6 +548,13 @@ def test_predictions_follow_the_rows_that_were_predicted(class_folders):
     assert table["platelet"].tolist() == [0, 0.5]
 
 
+def test_predictions_of_another_number_of_classes_are_refused(class_folders):
+    with pytest.raises(
+        ValueError, match=r"the model predicts 8 classes, but the data set has 3 \(basophil, eosinophil, "
+    ):
+        folder_of(class_folders).prediction_table(np.array([0]), np.ones((1, 8)))
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_any_part_can_be_predicted(class_folders, part):
     data = folder_of(class_folders, predict_split=part)
@@ -616,13 +636,13 @@ def test_leaks_of_a_published_split_are_said_and_left(medmnist_file, monkeypatch
     val = np.concatenate([train[:2], random.randint(0, 256, (7, 28, 28, 3), dtype=np.uint8)])
     path = medmnist_file("bloodmnist", train_images=train, val_images=val)
     with pytest.raises(
-        ValueError, match="2 images or groups are in more than one split, such as train: train-0 = val: val-0"
+        ValueError, match=r"2 image\(s\) or group\(s\) are in more than one split, such as train: train-0 = val: val-0"
     ):
         MedicalImages(root=str(path.parent), verify_md5=False).setup()
     monkeypatch.setattr("datamodules.downloads.md5_of", lambda _: "7053d0359d879ad8a5505303e11de1dc")
     data = MedicalImages(root=str(path.parent))
     data.prepare_data()
-    with pytest.warns(UserWarning, match="2 images or groups .* this is so in the published data set"):
+    with pytest.warns(UserWarning, match=r"2 image\(s\) or group\(s\) .* this is so in the published data set"):
         data.setup()
 
 

@@ -76,6 +76,15 @@ def test_grouped_split_takes_shares_of_several_folds():
     assert {part: len(rows) for part, rows in parts.items()} == {"train": 240, "val": 60, "test": 100}
 
 
+def test_a_large_group_of_a_rare_class_goes_to_training():
+    labels = np.concatenate([np.zeros(300, int), np.ones(60, int)])
+    groups = np.array([f"g{row // 2}" for row in range(330)] + ["large"] * 30)
+    for seed in range(10):
+        parts = grouped_split(labels, groups, val=0.1, test=0.1, seed=seed)
+        assert set(range(330, 360)) <= set(parts["train"].tolist())
+        assert all(2 <= labels[parts[part]].sum() <= 6 for part in ("val", "test"))
+
+
 def test_grouped_split_without_groups_is_the_stratified_one():
     grouped = grouped_split(LABELS, np.full(len(LABELS), ""), 0.1, 0.1, seed=0)
     plain = stratified_split(LABELS, 0.1, 0.1, seed=0)
