@@ -17,7 +17,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from callbacks import AtomicCheckpointIO, GracefulStop, NonFiniteGuard, PictureLogger, PredictionWriter, StepSeed
+from callbacks import (
+    AtomicCheckpointIO,
+    ExactResume,
+    GracefulStop,
+    NonFiniteGuard,
+    PictureLogger,
+    PredictionWriter,
+    StepSeed,
+)
 from lightning_apps.app import App
 from lightning_apps.checkpoints import CheckpointFacts, conflicts, describe_checkpoint
 from lightning_apps.config_errors import class_paths_of, explain
@@ -295,7 +303,15 @@ class AppCLI(LightningCLI):
         recorder = RunRecorder(self.run_folder, self.app.name, self.plain_config(), self.facts)
         seed = self.config[self.subcommand].get("seed_everything")
         seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else int(os.environ["PL_GLOBAL_SEED"])
-        return [recorder, StepSeed(seed), NonFiniteGuard(), ContinueMetrics(), *slots.values(), GracefulStop()]
+        return [
+            recorder,
+            ExactResume(),
+            StepSeed(seed),
+            NonFiniteGuard(),
+            ContinueMetrics(),
+            *slots.values(),
+            GracefulStop(),
+        ]
 
 
 class ContinueMetrics(Callback):
@@ -315,7 +331,7 @@ def sort_callbacks(callbacks: list[Callback]) -> list[Callback]:
     def rank(callback: Callback) -> int:
         if getattr(callback, "adds_parameters", False):
             return 1
-        if isinstance(callback, (RunRecorder, StepSeed, NonFiniteGuard)):
+        if isinstance(callback, (RunRecorder, ExactResume, StepSeed, NonFiniteGuard)):
             return 0
         return 3 if isinstance(callback, GracefulStop) else 2
 

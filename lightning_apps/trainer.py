@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
+from lightning_apps.checkpoints import read_checkpoint
 from lightning_apps.errors import UserError
 from lightning_apps.exporting import export_network
 
@@ -25,6 +26,22 @@ class FeatureExtraction(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Features (B, D) of a batch, with labels and row numbers (B,)."""
         return {"features": self.module.extract_features(batch.images), "labels": batch.labels, "index": batch.index}
+
+
+def load_weights(model: LightningModule, ckpt_path: str | None) -> None:
+    """Load the weights of a checkpoint, as Lightning does before it evaluates.
+
+    Raises:
+        UserError: No checkpoint was given, or it does not fit the model.
+    """
+    if ckpt_path is None:
+        raise UserError("this command needs trained weights: give --ckpt_path FILE, last or best")
+    checkpoint = read_checkpoint(Path(ckpt_path))
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"--ckpt_path {ckpt_path}: does not fit {type(model).__name__}: {error}") from error
 
 
 class AppTrainer(Trainer):
@@ -74,6 +91,7 @@ class AppTrainer(Trainer):
         """
         if not hasattr(model, "deployable_network"):
             raise UserError(f"{type(model).__name__} offers no deployable_network() to export")
+        load_weights(model, ckpt_path)
         return export_network(
             model.deployable_network(),
             getattr(self, "export_facts", {}),
@@ -110,6 +128,7 @@ class AppTrainer(Trainer):
         folder = Path(output or self.default_root_dir)
         writers = [callback for callback in self.callbacks if isinstance(callback, PredictionWriter)]
         self.callbacks = [callback for callback in self.callbacks if callback not in writers]
+        load_weights(model, ckpt_path)
         extraction = FeatureExtraction(model)
         written = []
         for split in splits or ["train", "val", "test"]:
