@@ -56,7 +56,7 @@ class AppTrainer(Trainer):
 
     def __init__(
         self,
-        logger: str | list[str] | Logger | Sequence[Logger] | bool | None = None,
+        logger: bool | Logger | Sequence[Logger] | list[str] | str | None = None,
         use_distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -60,8 +60,13 @@ class Branch(nn.Module):
         tokens = embed_tokens(self.encoder, images)
         if self.perturbation is not None:
             tokens, _ = self.perturbation(tokens, permutation)
-        features = encode_tokens(self.encoder, tokens)
+        features = self._encode(tokens)
         return BranchOutput(features, apply_head(self.projector, features, bn_per_view))
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """Features of both views: one pass on a GPU; on a CPU view by view, whose activations stay in its cache."""
+        views = tokens.chunk(COPIES) if tokens.device.type == "cpu" else (tokens,)
+        return torch.cat([encode_tokens(self.encoder, view) for view in views])
 
 
 def apply_head(head: nn.Module, x: Tensor, bn_per_view: bool) -> Tensor:

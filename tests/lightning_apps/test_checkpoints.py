@@ -106,3 +106,11 @@ def test_a_file_without_weights_is_refused(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="holds no 'state_dict'"):
         describe_checkpoint(path, "bolt")
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("false", False), ("true", True), ("null", None), ("csv", "csv"), ("[csv,tensorboard]", ["csv", "tensorboard"])],
+)
+def test_loggers_by_name_or_none(capsys, given, read):
+    assert composed(capsys, "fit", "--trainer.logger", given)["trainer"]["logger"] == read
