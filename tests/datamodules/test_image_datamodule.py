@@ -15,7 +15,7 @@ import datamodules.image_dataset
 from datamodules import ImageBatch, ImageClassification, MedicalImages
 from datamodules.downloads import DownloadError
 from datamodules.image_files import UnreadableImageError
-from tests.datamodules.conftest import save_image, write_csv
+from tests.data_layouts import save_image, write_csv
 from tests.datamodules.test_downloads import server  # noqa: F401
 
 SMALL = {"image_size": 16, "batch_size": 4, "num_workers": 0}

@@ -7,7 +7,7 @@ from datamodules.augmentations import CentreView, augmentation
 from datamodules.image_dataset import BatchBuilder, FileStore, ImageDataset, MemoryStore
 from datamodules.image_files import UnreadableImageError
 from datamodules.sampling import SampleKey, TrainBatchSampler
-from tests.datamodules.conftest import save_image
+from tests.data_layouts import save_image
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (20, 12, 12, 3), dtype=np.uint8)
 LABELS = np.arange(20) % 4

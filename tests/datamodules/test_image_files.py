@@ -13,7 +13,7 @@ from datamodules.image_files import (
     read_image,
     same_content,
 )
-from tests.datamodules.conftest import save_image
+from tests.data_layouts import save_image
 
 
 def test_hidden_files_hidden_folders_and_other_files_are_skipped(class_folders):

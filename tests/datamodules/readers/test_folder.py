@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from datamodules.readers.folder import FolderReader
-from tests.datamodules.conftest import save_image, write_csv
+from tests.data_layouts import save_image, write_csv
 
 HEADER = ["path", "class", "label", "split"]
 

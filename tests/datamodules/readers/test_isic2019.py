@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from datamodules.readers.isic2019 import LABELS, METADATA, Isic2019Reader
-from tests.datamodules.conftest import ISIC_CLASSES
+from tests.data_layouts import ISIC_CLASSES
 
 
 def change(path, line, old, new):

@@ -3,7 +3,7 @@ import pytest
 
 from datamodules.downloads import ChecksumError, RemoteFile
 from datamodules.readers.medmnist import CATALOGUE, SIZES, MedMNISTReader
-from tests.datamodules.conftest import md5
+from tests.data_layouts import md5
 
 
 def test_an_archive_of_ones_own_tells_its_facts(medmnist_file):

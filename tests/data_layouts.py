@@ -1,0 +1,103 @@
+"""Writers of small data sets in the layouts of the real ones."""
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ISIC_CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
+
+
+def save_image(path: Path, seed: int, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Path:
+    """Write a picture of smooth noise; no two seeds give the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = 3 if mode == "RGB" else 1
+    noise = np.random.RandomState(seed).randint(0, 256, (4, 4, channels), dtype=np.uint8)
+    image = Image.fromarray(noise if channels == 3 else noise[..., 0], mode=None)
+    image.resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def write_csv(path: Path, rows: list[list[object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return path
+
+
+def write_class_folders(root: Path) -> Path:
+    """Three classes of 12 images and hidden files, ``root/<class>/*``."""
+    for label, name in enumerate(("basophil", "eosinophil", "platelet")):
+        for number in range(12):
+            save_image(root / name / f"{name[:2].upper()}_{number}.jpg", seed=100 * label + number)
+    (root / "basophil" / ".DS_169665.jpg").write_bytes(b"not an image")
+    (root / ".cache").mkdir()
+    save_image(root / ".cache" / "hidden.png", seed=999)
+    (root / "basophil" / "notes.txt").write_text("no image")
+    return root
+
+
+def write_part_folders(root: Path) -> Path:
+    """Two classes below train, val and test."""
+    seed = 0
+    for part, count in (("train", 6), ("val", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            for number in range(count):
+                save_image(root / part / name / f"{number}.JPEG", seed=seed)
+                seed += 1
+    return root
+
+
+def write_medmnist(
+    folder: Path, name: str = "cells", channels: int = 3, classes: int = 3, **changes: np.ndarray | None
+) -> Path:
+    """``<name>.npz`` with the arrays of a MedMNIST archive, changed as asked; None leaves one out."""
+    random = np.random.RandomState(0)
+    arrays = {}
+    for part, count in (("train", 30), ("val", 9), ("test", 12)):
+        shape = (count, 28, 28, 3) if channels == 3 else (count, 28, 28)
+        arrays[f"{part}_images"] = random.randint(0, 256, shape, dtype=np.uint8)
+        arrays[f"{part}_labels"] = (np.arange(count) % classes).astype(np.uint8)[:, None]
+    arrays.update(changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.npz"
+    np.savez_compressed(path, **{key: value for key, value in arrays.items() if value is not None})
+    return path
+
+
+def write_isic(root: Path) -> Path:
+    """Sixty images of two lesions of three, some single ones, some without a lesion id; UNK is empty."""
+    labels, metadata = [["image", *ISIC_CLASSES]], [["image", "age_approx", "anatom_site_general", "lesion_id", "sex"]]
+    for number in range(60):
+        name = f"ISIC_{number:07d}" + ("_downsampled" if number % 10 == 0 else "")
+        save_image(root / "ISIC_2019_Training_Input" / f"{name}.jpg", seed=number)
+        label = (number // 3) % 8
+        labels.append([name, *(float(label == column) for column in range(9))])
+        lesion = "" if number % 15 == 14 else f"BCN_{number // 3:07d}"
+        metadata.append([name, 55.0, "anterior torso", lesion, "female"])
+    write_csv(root / "ISIC_2019_Training_GroundTruth.csv", labels)
+    write_csv(root / "ISIC_2019_Training_Metadata.csv", metadata)
+    return root
+
+
+def write_aptos(root: Path) -> Path:
+    """Sixty fundus-like discs on black, twelve per grade, of different sizes."""
+    rows: list[list[object]] = [["id_code", "diagnosis"]]
+    for number in range(60):
+        width, height = 40 + number % 5 * 6, 30 + number % 3 * 4
+        picture = np.zeros((height, width, 3), dtype=np.uint8)
+        y, x = np.mgrid[:height, :width]
+        disc = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (height / 2 - 4) ** 2
+        picture[disc] = (200, 90 + number, 40)
+        name = f"{number:012x}"
+        (root / "train_images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(root / "train_images" / f"{name}.png")
+        rows.append([name, number % 5])
+    write_csv(root / "train.csv", rows)
+    return root
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
