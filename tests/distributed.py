@@ -116,6 +116,8 @@ def _run_rank(sender: Connection, job: tuple) -> None:
     # The names by which Lightning knows that the processes are already there.
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
+    # Processes inherit how they were started; loading workers shall be forked, as in any other program.
+    multiprocessing.set_start_method("fork", force=True)
     with open(f"{folder}/stacks-{rank}", "w") as stacks:
         faulthandler.dump_traceback_later(max(timeout - 2, timeout / 2), file=stacks)
         try:
