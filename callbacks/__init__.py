@@ -10,6 +10,7 @@ from callbacks.exact_resume import ExactResume
 from callbacks.graceful_stop import GracefulStop
 from callbacks.media import Media
 from callbacks.non_finite import NonFiniteGuard, NonFiniteLossError
+from callbacks.orphaned_ranks import stop_when_orphaned
 from callbacks.pictures import PictureLogger
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.probes import FeatureProbes
@@ -35,4 +36,5 @@ __all__ = [
     "atomic_text",
     "atomic_write",
     "load_checkpoint",
+    "stop_when_orphaned",
 ]

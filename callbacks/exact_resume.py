@@ -1,5 +1,7 @@
 """Continue a run exactly where its checkpoint was written, also between a batch and the validation that follows it."""
 
+import warnings
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationRestart
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as BatchRestart
@@ -29,6 +31,8 @@ class ExactResume(Callback):
         fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
         if not fit.restarting:
             return
+        if _loaders_know_their_place(trainer):
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         if fit.restarted_on_epoch_end:
             _finish_epoch(trainer)
         elif epoch.restarted_on_train_batch_end:
@@ -60,6 +64,13 @@ class ExactResume(Callback):
         epoch._batches_that_stepped += 1
         epoch.val_loop._has_run = True
         self._epoch_end_due = True
+
+
+def _loaders_know_their_place(trainer: Trainer) -> bool:
+    """Whether all batch samplers take their position from the trainer, which Lightning's warning does not see."""
+    loaders = trainer.fit_loop._combined_loader
+    samplers = [getattr(loader, "batch_sampler", None) for loader in loaders.flattened] if loaders else []
+    return bool(samplers) and all(getattr(sampler, "trainer", None) is trainer for sampler in samplers)
 
 
 def _finish_epoch(trainer: Trainer) -> None:
