@@ -53,7 +53,7 @@ def grouped_split(labels: np.ndarray, groups: np.ndarray, val: float, test: floa
         Sorted rows of ``train``, ``val`` and ``test``.
 
     Raises:
-        ValueError: If there are fewer groups than folds.
+        ValueError: If there are fewer groups, or images of the largest class, than folds.
     """
     numbers = group_numbers(groups)
     if len(np.unique(numbers)) == len(labels):
@@ -61,11 +61,13 @@ def grouped_split(labels: np.ndarray, groups: np.ndarray, val: float, test: floa
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = _number_of_folds(val, test)
-    if len(np.unique(numbers)) < folds:
-        raise ValueError(
-            f"{len(np.unique(numbers))} groups cannot be spread over {folds} folds, which val_fraction {val} and "
-            f"test_fraction {test} need; choose larger fractions or set --data.split random"
-        )
+    largest = int(np.unique(labels, return_counts=True)[1].max())
+    for count, what in ((len(np.unique(numbers)), "groups"), (largest, "images of the largest class")):
+        if count < folds:
+            raise ValueError(
+                f"{count} {what} cannot be spread over {folds} folds, which val_fraction {val} and test_fraction "
+                f"{test} need; choose larger fractions or set --data.split random"
+            )
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     fold = np.empty(len(labels), dtype=np.int64)
     for number, (_, held_out) in enumerate(splitter.split(np.zeros((len(labels), 1)), labels, numbers)):

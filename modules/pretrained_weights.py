@@ -38,7 +38,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"init_from: there is no file {path}")
+        raise FileNotFoundError(
+            f"init_from: there is no file {path.absolute()}; pre-train first, or give the weights with "
+            "--model.init_from FILE"
+        )
     try:
         content = _read(path)
     except Exception as error:

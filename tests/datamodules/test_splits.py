@@ -101,6 +101,13 @@ def test_grouped_split_refuses_too_few_groups():
         grouped_split(np.zeros(4, int), np.array(["a", "a", "b", "b"]), 0.1, 0.1, seed=0)
 
 
+def test_grouped_split_refuses_classes_smaller_than_the_folds():
+    labels, groups = np.arange(30) % 4, np.array(["a", "a"] + [""] * 28)
+    with pytest.raises(ValueError, match="8 images of the largest class cannot be spread over 10 folds, which val_fr"):
+        grouped_split(labels, groups, 0.1, 0.1, seed=0)
+    assert sum(len(rows) for rows in grouped_split(labels, groups, 0.2, 0.2, seed=0).values()) == 30
+
+
 def test_rows_without_a_group_are_numbered_apart():
     numbers = group_numbers(np.array(["b", "", "a", "b", ""]))
     assert numbers[0] == numbers[3]

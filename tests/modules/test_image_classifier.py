@@ -202,7 +202,7 @@ def test_another_depth_names_the_tensors(pretrained):
 
 
 def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"init_from: there is no file .*nowhere.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.ckpt; pre-train first, or .* --model.init_from"):
         classifier(init_from=str(tmp_path / "nowhere.ckpt")).load_pretrained()
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(ValueError, match=r"init_from: .*broken.ckpt cannot be read as a weights file"):
