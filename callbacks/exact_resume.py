@@ -25,6 +25,14 @@ class ExactResume(Callback):
 
     _epoch_end_due = False
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the training loaders made anew, if they were made before the counters of the checkpoint are restored.
+
+        That is so when ``configure_optimizers`` asks for ``trainer.estimated_stepping_batches``.
+        """
+        if trainer.ckpt_path is not None:
+            trainer.fit_loop._combined_loader = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repair the restart, after Lightning classified the checkpoint and before it acts on that."""
         self._epoch_end_due = False

@@ -91,7 +91,9 @@ class NoisyRegression(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
+        # Most schedules ask for the number of steps, for which Lightning makes the loaders before it restores anything.
+        gamma = 0.1 ** (1 / self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)}
 
 
 class MovingAverage(Callback):
