@@ -28,7 +28,7 @@ from callbacks import (
 )
 from lightning_apps.app import App
 from lightning_apps.checkpoints import CheckpointFacts, conflicts, describe_checkpoint
-from lightning_apps.config_errors import class_paths_of, explain
+from lightning_apps.config_errors import class_paths_of, explain, init_arguments
 from lightning_apps.config_files import ConfigFile, find_config, read_config
 from lightning_apps.errors import UserError, run_reporting_errors
 from lightning_apps.loggers import MetricsFile, choose_loggers
@@ -42,6 +42,7 @@ SHARED_CALLBACKS: dict[str, type[Callback]] = {
     "pictures": PictureLogger,
     "predictions": PredictionWriter,
 }
+_NEED_WEIGHTS = ("predict", "export", "features")
 _KEPT_FROM_CHECKPOINT = ("model", "data", "callbacks", "trainer")
 
 
@@ -202,9 +203,11 @@ class AppCLI(LightningCLI):
             model = contents.get(file.path, {}).get("model")
             asked = model.get("class_path") if isinstance(model, dict) else None
             if written and asked and asked.rpartition(".")[2] != written.rpartition(".")[2]:
+                name = asked.rpartition(".")[2]
+                remedy = f" To start {name} from its weights use --model.init_from instead."
                 raise UserError(
-                    f"--ckpt_path {self.checkpoint.path}: holds a {written}, but {file.path} asks for a {asked}. "
-                    f"To start {asked.rpartition('.')[2]} from its weights use --model.init_from instead."
+                    f"--ckpt_path {self.checkpoint.path}: holds a {written}, but {file.path} asks for a {asked}."
+                    + (remedy if "init_from" in init_arguments(asked) else "")
                 )
 
     def _parse_ckpt_path(self) -> None:
@@ -230,6 +233,8 @@ class AppCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fix the run folder."""
+        if self.subcommand in _NEED_WEIGHTS and self.checkpoint is None:
+            raise UserError(f"{self.subcommand} needs trained weights: give --ckpt_path FILE, last or best")
         config = self.config[self.subcommand]
         files = getattr(self, "config_files", [])
         named = [file for file in files if file.shipped] or files
@@ -246,9 +251,30 @@ class AppCLI(LightningCLI):
                 self._instantiate_without_data()
             else:
                 super().instantiate_classes()
-        except BaseException:
+        except BaseException as error:
             self.run_folder.discard_if_empty()
-            raise
+            original = original_error(error)
+            if original is error:
+                raise
+            raise original from original.__cause__
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; weights that do not fit are told with what the data and the checkpoint say of themselves."""
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if self.checkpoint is None or "Error(s) in loading state_dict" not in str(error):
+                raise
+            raise UserError(self._misfit(str(error))) from error
+
+    def _misfit(self, message: str) -> str:
+        differences = [
+            f"{name}: {value} in the checkpoint, {self.facts[name]} in the data"
+            for name, value in self.checkpoint.facts.items()
+            if not isinstance(value, list) and self.facts.get(name) != value
+        ]
+        told = f"\nIt was trained on other data ({'; '.join(differences)})." if differences else ""
+        return f"--ckpt_path {self.checkpoint.path}: does not fit {type(self.model).__name__}.{told}\n{message}"
 
     def _instantiate_without_data(self) -> None:
         config = self.config[self.subcommand]
@@ -336,6 +362,13 @@ def sort_callbacks(callbacks: list[Callback]) -> list[Callback]:
         return 3 if isinstance(callback, GracefulStop) else 2
 
     return sorted(callbacks, key=rank)
+
+
+def original_error(error: BaseException) -> BaseException:
+    """What a class said when it was built, without the parser's account of everything else it tried."""
+    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
+        error = error.__cause__
+    return error
 
 
 def _import_class(class_path: str) -> Any:

@@ -55,14 +55,14 @@ class FeatureLearner(AuxiliaryObjectives, LightningModule):
         """Class probabilities of the fitted linear probe, or features, as ``predict_output`` says.
 
         Raises:
-            RuntimeError: if probabilities are asked for and no fitted probe came with the checkpoint.
+            ValueError: if probabilities are asked for and no fitted probe came with the checkpoint.
         """
         features = self.extract_features(batch.images)
         if self.hparams.predict_output == "features":
             return {"index": batch.index, "features": features}
         probe = getattr(self.auxiliary, PROBE, None)
         if probe is None or not bool(probe.fitted):
-            raise RuntimeError(
+            raise ValueError(
                 "predict: this checkpoint holds no fitted linear probe, so there are no class probabilities. Train it "
                 "with the callback FeatureProbes(linear=True) on labelled data, or set model.predict_output: features, "
                 "or fine-tune."

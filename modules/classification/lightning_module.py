@@ -163,7 +163,16 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
             self.class_weights.copy_(class_weights(counts, self.hparams.class_weight))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Cross-entropy with label smoothing and class weights."""
+        """Cross-entropy with label smoothing and class weights.
+
+        Raises:
+            ValueError: for a batch of 1 with ``freeze``.
+        """
+        if self.standardise is not None and len(batch.labels) < 2:
+            raise ValueError(
+                "a training batch holds 1 image, but features are standardised over a batch of at least 2 per device: "
+                "raise data.batch_size above 1, or set data.drop_last: true if that is the rest of an epoch"
+            )
         logits = self(batch.images).float()
         loss = functional.cross_entropy(
             logits,

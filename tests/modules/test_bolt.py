@@ -277,9 +277,7 @@ def test_prediction_by_the_fitted_probe_or_features():
 def test_prediction_without_a_fitted_probe(entries):
     module = tiny_bolt()
     module.auxiliary.update(entries)
-    with pytest.raises(
-        RuntimeError, match=r"no fitted linear probe.*FeatureProbes\(linear=True\).*predict_output: feat"
-    ):
+    with pytest.raises(ValueError, match=r"no fitted linear probe.*FeatureProbes\(linear=True\).*predict_output: feat"):
         module.predict_step(batch(), 0)
 
 
