@@ -1,6 +1,7 @@
 """What cuts across papers: Lightning callbacks that work in any project."""
 
 from callbacks.atomic_files import atomic_bytes, atomic_text, atomic_write
+from callbacks.best_and_last import BestAndLastCheckpoint
 from callbacks.checkpoint_io import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from callbacks.classification_report import ClassificationReport
 from callbacks.collapse_monitor import CollapseMonitor
@@ -18,6 +19,7 @@ from callbacks.step_seed import StepSeed
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BestAndLastCheckpoint",
     "CheckpointError",
     "ClassificationReport",
     "CollapseMonitor",
