@@ -103,7 +103,7 @@ def test_resume_with_persistent_workers(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True], ids=["new workers", "persistent workers"])
-@pytest.mark.parametrize("lengths", [(12,), (12, 8)], ids=["single", "combined"])
+@pytest.mark.parametrize("lengths", [(12,), (8, 4)], ids=["single", "combined"])
 @pytest.mark.parametrize("compare", [resume_everywhere, die_everywhere])
 def test_resume_with_workers(tmp_path, compare, lengths, persistent):
     assert compare(tmp_path, lengths, 2, persistent) == []
