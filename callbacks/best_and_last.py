@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 
 class BestAndLastCheckpoint(ModelCheckpoint):
@@ -46,6 +48,20 @@ class BestAndLastCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and not self._should_save_on_train_epoch_end(trainer):
             self._save_last_if_due(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the monitored metric was never logged."""
+        super().on_train_end(trainer, pl_module)
+        if self.monitor and self.save_top_k and not self.best_model_path and not trainer.fast_dev_run:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            rank_zero_warn(
+                f"checkpoint: '{self.monitor}' was never logged, so there is no best checkpoint; logged: {logged}"
+            )
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Pass over epochs without the monitored metric: a probe may run every few epochs only."""
+        if self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last_if_due(self, trainer: Trainer) -> None:
         due = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0

@@ -25,6 +25,7 @@ from callbacks import (
     PictureLogger,
     PredictionWriter,
     StepSeed,
+    stop_when_orphaned,
 )
 from lightning_apps.app import App
 from lightning_apps.checkpoints import CheckpointFacts, conflicts, describe_checkpoint
@@ -387,6 +388,7 @@ def main(app: App, arguments: list[str] | None = None) -> int:
         Exit code.
     """
     _silence()
+    stop_when_orphaned()
     return run_reporting_errors(lambda: AppCLI(app, arguments))
 
 

@@ -29,7 +29,8 @@ class Counting(LightningModule):
 
 
 def fit(folder, validates=True, ckpt_path=None, epochs=4, **options):
-    keeper = BestAndLastCheckpoint(dirpath=folder, monitor="score", mode="max", **options)
+    options = {"monitor": "score", "mode": "max", **options}
+    keeper = BestAndLastCheckpoint(dirpath=folder, **options)
     trainer = Trainer(
         max_epochs=epochs,
         callbacks=[keeper],
@@ -74,3 +75,9 @@ def test_only_every_nth_epoch_is_kept(tmp_path):
 def test_without_last(tmp_path):
     fit(tmp_path, save_last=False)
     assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_a_metric_that_comes_late_is_waited_for_and_one_that_never_comes_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=r"'scoer' was never logged, so there is no best checkpoint; logged: score"):
+        fit(tmp_path, monitor="scoer")
+    assert epoch_of(tmp_path / "last.ckpt") == 4
