@@ -190,6 +190,15 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in NOT_CARRIED}
 
 
+def _moved(value: Any, before: str, now: str) -> Any:
+    """Plain values in which paths below one folder are paths below another."""
+    if isinstance(value, dict):
+        return {_moved(key, before, now): _moved(item, before, now) for key, item in value.items()}
+    if isinstance(value, str) and (value == before or value.startswith(before + os.sep)):
+        return now + value[len(before) :]
+    return value
+
+
 class RunRecorder(Callback):
     """Write the configuration and the versions into the run folder, and mark checkpoints with their app.
 
@@ -224,6 +233,13 @@ class RunRecorder(Callback):
         """Record what is about to run."""
         if not trainer.fast_dev_run:
             self._write()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a run whose folder was moved go on with its own best and last checkpoint, instead of new ones."""
+        if self.folder.subcommand == "fit" and self.folder.resumed:
+            for state in checkpoint.get("callbacks", {}).values():
+                if isinstance(state, dict) and Path(state.get("dirpath") or "").name == self.folder.checkpoints.name:
+                    state.update(_moved(state, str(state["dirpath"]), str(self.folder.checkpoints)))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint which app and which configuration wrote it."""

@@ -254,7 +254,8 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
             )
         self.network.requires_grad_(False)
         classifier.requires_grad_(True)
-        self.standardise = nn.BatchNorm1d(classifier.in_features, affine=False)
+        # Frozen features keep their statistics, so all batches count alike: a moving average would keep some of its start.
+        self.standardise = nn.BatchNorm1d(classifier.in_features, affine=False, momentum=None)
 
     def _check_settings(self) -> None:
         settings = self.hparams
