@@ -115,8 +115,12 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
 
     def on_fit_start(self) -> None:
         """Take pre-trained weights at the start of a new training run; a resumed one brings its own."""
-        if self.hparams.init_from and self.trainer.ckpt_path is None:
+        if self.trainer.ckpt_path is not None:
+            return
+        if self.hparams.init_from:
             self.load_pretrained()
+        elif self.hparams.freeze:
+            rank_zero_warn("freeze without init_from: this evaluates the features of a randomly initialised encoder.")
 
     def load_pretrained(self) -> None:
         """Copy the weights of ``init_from`` into the network.
@@ -254,7 +258,7 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
             )
         self.network.requires_grad_(False)
         classifier.requires_grad_(True)
-        # Frozen features keep their statistics, so all batches count alike: a moving average would keep some of its start.
+        # The statistics of frozen features stand still: all batches count alike, and nothing of the initial values stays.
         self.standardise = nn.BatchNorm1d(classifier.in_features, affine=False, momentum=None)
 
     def _check_settings(self) -> None:

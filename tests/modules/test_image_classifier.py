@@ -254,6 +254,29 @@ def test_a_frozen_network_stays_in_evaluation_mode():
     assert module.standardise.training
 
 
+def test_features_are_standardised_by_all_batches_alike(pretrained):
+    """After two batches the statistics are theirs, without a remainder of the initial mean 0 and variance 1."""
+    path, source = pretrained
+    module = classifier(init_from=str(path), freeze=True)
+    data = batches(2)
+    quiet_trainer().fit(module, loader(data))
+    features = [source.online.encoder.eval()(item.images) for item in data]
+    mean = torch.stack([item.mean(0) for item in features]).mean(0)
+    variance = torch.stack([item.var(0) for item in features]).mean(0)
+    assert torch.allclose(module.standardise.running_mean, mean, atol=1e-5)
+    assert torch.allclose(module.standardise.running_var, variance, atol=1e-5)
+
+
+def test_linear_evaluation_of_random_features_says_so():
+    with pytest.warns(UserWarning, match="freeze without init_from: .* randomly initialised encoder"):
+        quiet_trainer().fit(classifier(freeze=True), loader(batches(2)))
+
+
+def test_linear_evaluation_needs_more_than_one_image():
+    with pytest.raises(ValueError, match=r"holds 1 image, .* raise data.batch_size above 1, or set data.drop_last: tr"):
+        silence(classifier(freeze=True)).training_step(batch(size=1), 0)
+
+
 def test_linear_evaluation_needs_one_linear_layer():
     with pytest.raises(
         ValueError, match="freeze: deit_tiny_distilled_patch16_224 has a tuple as classifier; linear eval"
