@@ -258,7 +258,7 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
             )
         self.network.requires_grad_(False)
         classifier.requires_grad_(True)
-        # The statistics of frozen features stand still: all batches count alike, and nothing of the initial values stays.
+        # The statistics of frozen features stand still, so all batches count alike and no initial value has a share.
         self.standardise = nn.BatchNorm1d(classifier.in_features, affine=False, momentum=None)
 
     def _check_settings(self) -> None:
