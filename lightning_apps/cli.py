@@ -345,7 +345,7 @@ class ContinueMetrics(Callback):
     """Let a resumed run go on with `metrics.csv` from the step of its checkpoint."""
 
     @rank_zero_only
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Drop what was logged after the checkpoint and will be logged again."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
