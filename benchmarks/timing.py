@@ -34,7 +34,12 @@ def report(title: str, seconds: dict[str, list[float]], reference: str) -> str:
         reference: Name of the alternative that the others are divided by.
     """
     base = statistics.median(seconds[reference])
-    lines = [f"**{title}** ({len(seconds[reference])} rounds)", "", "| | median ms | / reference |", "| --- | --- | --- |"]
+    lines = [
+        f"**{title}** ({len(seconds[reference])} rounds)",
+        "",
+        "| | median ms | / reference |",
+        "| --- | --- | --- |",
+    ]
     for name, values in seconds.items():
         median = statistics.median(values)
         lines.append(f"| {name} | {1000 * median:.2f} | {median / base:.3f} |")
