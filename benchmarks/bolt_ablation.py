@@ -3,7 +3,8 @@
     python -m benchmarks.bolt_ablation --layout medmnist --root <folder> --name pbc28 --out results/pbc28
     python -m benchmarks.bolt_ablation --layout folder --root <PBC folder> --image-size 64 --out results/pbc64
 
-Every finished (row, seed) is a line of `<out>/results.csv`; the same command goes on where it was stopped.
+Every finished (row, seed) is a line of `<out>/results.csv`; the same command goes on where it was stopped. With
+`--finetune` the encoders that are there are fine-tuned, with 10 labels per class and with all, into `finetune.csv`.
 """
 
 import argparse
@@ -21,13 +22,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from callbacks import DifficultyRanking, EMATarget
-from callbacks.step_seed import StepSeed
+from callbacks import DifficultyRanking, EMATarget, StepSeed
 from datamodules import MedicalImages
 from modules.bolt import BOLT
+from modules.classification import ImageClassifier
 
 LABEL_SUBSETS = 5
-BOLT_ROW: dict[str, Any] = {"views": 1, "weight": 1.0, "model": {}, "head": "pairwise"}
+FINETUNE_EPOCHS = {10: 100, None: 20}
 
 
 def row(views: int = 1, weight: float = 1.0, head: str = "pairwise", **model: Any) -> dict[str, Any]:
@@ -63,28 +64,49 @@ class LastValues(Callback):
         self.history.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
 
 
-def make_data(options: argparse.Namespace, views: int, seed: int) -> MedicalImages:
-    """The data as pre-training sees it."""
-    return MedicalImages(
-        layout=options.layout,
-        root=options.root,
-        name=options.name,
-        image_size=options.image_size,
-        batch_size=options.batch_size,
-        views=views,
-        augment="pretrain",
-        seed=seed,
-        num_workers=0,
-        verify_md5=False,
-        download=False,
+def make_data(options: argparse.Namespace, views: int, seed: int, **overrides: Any) -> MedicalImages:
+    """The data, by default as pre-training sees it."""
+    settings: dict[str, Any] = {
+        "layout": options.layout,
+        "root": options.root,
+        "name": options.name,
+        "image_size": options.image_size,
+        "batch_size": options.batch_size,
+        "views": views,
+        "augment": "pretrain",
+        "seed": seed,
+        "num_workers": 0,
+        "verify_md5": False,
+        "download": False,
+    }
+    return MedicalImages(**{**settings, **overrides})
+
+
+def encoder_options(options: argparse.Namespace) -> dict[str, int]:
+    """The small Vision Transformer of the table."""
+    return {"patch_size": options.patch, "embed_dim": options.width, "depth": options.depth, "num_heads": 4}
+
+
+def quiet_trainer(epochs: int, callbacks: list[Callback], **settings: Any) -> Trainer:
+    """A trainer that writes nothing."""
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        **settings,
     )
 
 
 def make_model(options: argparse.Namespace, data: MedicalImages, settings: dict[str, Any]) -> BOLT:
     """The small encoder of the chosen image size."""
-    encoder = {"patch_size": options.patch, "embed_dim": options.width, "depth": options.depth, "num_heads": 4}
     return BOLT(
-        encoder_options=encoder,
+        encoder_options=encoder_options(options),
         image_size=data.image_size,
         in_channels=data.in_channels,
         lr=options.lr,
@@ -104,19 +126,7 @@ def pretrain(options: argparse.Namespace, name: str, seed: int) -> tuple[BOLT, M
         callbacks: list[Callback] = [StepSeed(seed), EMATarget("online", "target", momentum=0.99), values]
         if settings["weight"] > 0:
             callbacks.append(DifficultyRanking(weight=settings["weight"], head=settings["head"]))
-        trainer = Trainer(
-            max_epochs=options.epochs,
-            accelerator="cpu",
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            gradient_clip_val=3.0,
-            use_distributed_sampler=False,
-            limit_val_batches=0,
-        )
-        trainer.fit(model, datamodule=data)
+        quiet_trainer(options.epochs, callbacks, gradient_clip_val=3.0).fit(model, datamodule=data)
     else:
         data.setup("fit")
     return model, data, values.history
@@ -174,17 +184,43 @@ def run(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     model, data, history = pretrain(options, name, seed)
     seconds = time.perf_counter() - start
-    stem = f"{name.replace(',', '').replace(' ', '_')}-{seed}"
-    torch.save(model.online.encoder.state_dict(), options.out / f"{stem}.pt")
-    (options.out / f"{stem}.json").write_text(json.dumps(history))
+    torch.save(model.online.encoder.state_dict(), weights_file(options, name, seed))
+    weights_file(options, name, seed).with_suffix(".json").write_text(json.dumps(history))
     last = history[-1] if history else {}
     trained = {key: last.get(f"train/{key}", float("nan")) for key in ("loss_consistency", "rank_acc", "z_std")}
     return {"row": name, "seed": seed, **score(model, data), **trained, "seconds": round(seconds, 1)}
 
 
+def weights_file(options: argparse.Namespace, name: str, seed: int) -> Path:
+    """Where the encoder of a row is kept."""
+    return options.out / f"{name.replace(',', '').replace(' ', '_')}-{seed}.pt"
+
+
+def finetune(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """Test accuracy after fine-tuning with few and with all labels; the random encoder is trained from scratch."""
+    start, found = time.perf_counter(), {}
+    for labels, epochs in FINETUNE_EPOCHS.items():
+        seed_everything(seed, verbose=False)
+        data = make_data(options, 1, seed, augment="finetune", labels_per_class=labels, label_seed=seed)
+        model = ImageClassifier(
+            encoder_options=encoder_options(options),
+            num_classes=data.num_classes,
+            image_size=data.image_size,
+            in_channels=data.in_channels,
+            init_from=str(weights_file(options, name, seed)) if ROWS[name] else None,
+            lr=2e-3,
+            layer_decay=0.75 if ROWS[name] else 1.0,
+        )
+        trainer = quiet_trainer(epochs, [StepSeed(seed)])
+        trainer.fit(model, datamodule=data)
+        (metrics,) = trainer.test(model, datamodule=data, verbose=False)
+        found[f"fine-tune {labels or 'all'}"] = metrics["test/acc"]
+    return {"row": name, "seed": seed, **found, "seconds": round(time.perf_counter() - start, 1)}
+
+
 def summarise(results: list[dict[str, Any]]) -> str:
     """Markdown table: mean and standard deviation over seeds."""
-    columns = ("knn", "linear", "linear 10/class", "rank_acc")
+    columns = [key for key in results[0] if key not in ("row", "seed", "seconds", "z_std")] if results else []
     lines = ["| row | seeds | " + " | ".join(columns) + " | s |", "| --- " * (len(columns) + 3) + "|"]
     for name in dict.fromkeys(result["row"] for result in results):
         mine = [result for result in results if result["row"] == name]
@@ -219,16 +255,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    table = options.out / "results.csv"
+    table = options.out / ("finetune.csv" if options.finetune else "results.csv")
     for seed in options.seeds:
         for name in options.rows:
             if any(done["row"] == name and int(done["seed"]) == seed for done in read(table)):
                 continue
-            result = run(options, name, seed)
+            if options.finetune and not weights_file(options, name, seed).exists():
+                continue
+            result = finetune(options, name, seed) if options.finetune else run(options, name, seed)
             new = not table.exists()
             with table.open("a", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(result))

@@ -32,8 +32,8 @@ from lightning_apps.checkpoints import CheckpointFacts, conflicts, describe_chec
 from lightning_apps.config_errors import class_paths_of, explain, init_arguments
 from lightning_apps.config_files import ConfigFile, find_config, read_config
 from lightning_apps.errors import UserError, run_reporting_errors
-from lightning_apps.loggers import MetricsFile, choose_loggers
-from lightning_apps.run_folder import RunFolder, RunRecorder, open_run_folder, resolve_checkpoint
+from lightning_apps.loggers import MetricsFile, choose_loggers, finish_wandb
+from lightning_apps.run_folder import ENVIRONMENT, RunFolder, RunRecorder, open_run_folder, resolve_checkpoint
 from lightning_apps.trainer import AppTrainer
 
 SHARED_CALLBACKS: dict[str, type[Callback]] = {
@@ -389,7 +389,11 @@ def main(app: App, arguments: list[str] | None = None) -> int:
     """
     _silence()
     stop_when_orphaned()
-    return run_reporting_errors(lambda: AppCLI(app, arguments))
+    try:
+        return run_reporting_errors(lambda: AppCLI(app, arguments))
+    finally:
+        finish_wandb()
+        os.environ.pop(ENVIRONMENT, None)  # a further command in this process has a folder of its own
 
 
 def _silence() -> None:

@@ -3,6 +3,7 @@
 import csv
 import netrc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,10 @@ def choose_loggers(choice: Any, folder: RunFolder) -> list[Logger] | bool:
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
         loggers.append(MetricsFile(folder.output))
     return loggers
+
+
+def finish_wandb() -> None:
+    """Close the W&B run of this process, so that a later command, also in this process, may go on with it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()

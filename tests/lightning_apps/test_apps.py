@@ -47,3 +47,10 @@ def test_callbacks_that_add_parameters_come_before_those_that_copy_the_module():
     given = [GracefulStop(), EMATarget("a", "b"), plain, DifficultyRanking()]
     ordered = [type(callback) for callback in sort_callbacks(given)]
     assert ordered == [DifficultyRanking, EMATarget, Callback, GracefulStop]
+
+
+def test_heavy_packages_wait_until_they_are_needed():
+    heavy = ("timm", "albumentations", "wandb", "sklearn", "pandas", "cv2", "torch_geometric", "onnxruntime")
+    code = f"import sys, lightning_apps.bolt; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=_root(), check=True)
+    assert done.stdout.strip() == "[]"

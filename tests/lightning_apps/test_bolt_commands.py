@@ -35,15 +35,15 @@ ENCODER = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without what would let the checkout in."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LIGHTNING_APPS_RUN_FOLDER")}
+    """The environment without what would let the checkout, this run's folder or its W&B service in."""
+    foreign = ("PYTHONPATH", "LIGHTNING_APPS_RUN_FOLDER", "WANDB_SERVICE")
+    kept = {name: value for name, value in os.environ.items() if name not in foreign}
     return {**kept, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 
 def run(folder: Path, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """`python -m lightning_apps.bolt ...` from a folder of its own; the installed package, not the checkout, runs."""
-    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LIGHTNING_APPS_RUN_FOLDER")}
-    environment = {**keep, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
+    environment = {**clean_environment(), **environment}
     command = [sys.executable, "-m", "lightning_apps.bolt", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False

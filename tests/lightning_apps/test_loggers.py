@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from lightning_apps import loggers
+from lightning_apps.bolt import APP
 from lightning_apps.errors import UserError
 from lightning_apps.loggers import MetricsFile, choose_loggers, make_logger, wandb_is_offline
 from lightning_apps.run_folder import RunFolder
@@ -94,3 +95,18 @@ def test_offline_is_said_in_one_line(monkeypatch, tmp_path, folder):
     monkeypatch.setattr(loggers, "rank_zero_info", said.append)
     make_logger("wandb", folder)
     assert said == ["W&B: no credentials found, logging offline (wandb login switches to online)."]
+
+
+def test_a_command_closes_its_run_so_that_the_next_one_may_go_on_with_it(tmp_path):
+    import wandb
+
+    from lightning_apps.cli import main
+
+    short = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--callbacks.probes", "null"]
+    short += ["--callbacks.checkpoint.monitor", "null", "--callbacks.pictures", "null", "--trainer.max_epochs", "1"]
+    short += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    assert main(APP, ["fit", "--run.root", str(tmp_path), *short]) == 0
+    assert wandb.run is None
+    last = tmp_path / "bolt/bolt/checkpoints/last.ckpt"
+    assert main(APP, ["fit", "--ckpt_path", str(last), "--trainer.max_epochs", "2"]) == 0
+    assert wandb.run is None
