@@ -19,13 +19,11 @@ class CheckpointFacts:
     Args:
         path: The file.
         config: The configuration of the run that wrote it (`model`, `data`, `callbacks`, `trainer`, ...).
-        hyper_parameters: Arguments the model was built with, facts of the data included.
         facts: What the data said of itself.
     """
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
-    hyper_parameters: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, subcommand: str) -> dict[str, Any]:
@@ -76,32 +74,36 @@ def describe_checkpoint(path: Path, app: str, weights_only: bool = True) -> Chec
             f"--ckpt_path {path}: was written by the app '{other}', not by '{app}'. "
             f"Use it with: python -m lightning_apps.{other}"
         )
-    hyper_parameters = {key: value for key, value in content.get("hyper_parameters", {}).items() if key[0] != "_"}
-    config = mark.get("config") or _config_from_hyper_parameters(content.get("hyper_parameters", {}), hyper_parameters)
-    return CheckpointFacts(path, config, hyper_parameters, mark.get("facts") or {})
+    return CheckpointFacts(path, mark.get("config") or {}, mark.get("facts") or {})
 
 
-def _config_from_hyper_parameters(raw: dict[str, Any], hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    class_path = raw.get("_class_path")
-    return {"model": {"class_path": class_path, "init_args": hyper_parameters}} if class_path else {}
+def conflicts(
+    checkpoint: Mapping[str, Any],
+    used: Mapping[str, Any],
+    given: str = "given",
+    kept: str = "checkpoint",
+    prefix: str = "",
+) -> list[str]:
+    """Settings whose value in use differs from the checkpoint's, one line each.
+
+    Args:
+        checkpoint: What the checkpoint says; keys that it lacks are no conflict.
+        used: The configuration in use.
+        given: Name of what is in use.
+        kept: Name of what it is compared with.
+        prefix: Dotted key of both.
+    """
+    lines = []
+    for key, before in checkpoint.items():
+        if key not in used:
+            continue
+        after, name = used[key], f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += conflicts(before, after, given, kept, f"{name}.")
+        elif before != after:
+            lines.append(f"{name}: {_brief(after)} ({given}) instead of {_brief(before)} ({kept})")
+    return lines
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def conflicts(checkpoint: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
-    """Settings whose value in use differs from the checkpoint's, one line each."""
-    before, after = flatten(checkpoint), flatten(used)
-    return [
-        f"{key}: {after[key]!r} (given) instead of {before[key]!r} (checkpoint)"
-        for key in before
-        if key in after and after[key] != before[key]
-    ]
+def _brief(value: Any) -> str:
+    return str(value.get("class_path", value)) if isinstance(value, Mapping) else repr(value)

@@ -30,8 +30,9 @@ from callbacks import (
 from lightning_apps.app import App
 from lightning_apps.checkpoints import CheckpointFacts, conflicts, describe_checkpoint
 from lightning_apps.config_errors import class_paths_of, explain, init_arguments
-from lightning_apps.config_files import ConfigFile, find_config, read_config
+from lightning_apps.config_files import SHIPPED, ConfigFile, find_config, read_config
 from lightning_apps.errors import UserError, run_reporting_errors
+from lightning_apps.loggers import NAMES as LOGGER_NAMES
 from lightning_apps.loggers import MetricsFile, choose_loggers, finish_wandb
 from lightning_apps.run_folder import ENVIRONMENT, RunFolder, RunRecorder, open_run_folder, resolve_checkpoint
 from lightning_apps.trainer import AppTrainer
@@ -44,7 +45,7 @@ SHARED_CALLBACKS: dict[str, type[Callback]] = {
     "predictions": PredictionWriter,
 }
 _NEED_WEIGHTS = ("predict", "export", "features")
-_KEPT_FROM_CHECKPOINT = ("model", "data", "callbacks", "trainer")
+_KEPT_FROM_CHECKPOINT = ("seed_everything", "model", "data", "callbacks", "trainer")
 
 
 class AppParser(LightningArgumentParser):
@@ -98,6 +99,12 @@ def split_arguments(arguments: list[str], option: str, short: str | None = None)
     return values, rest
 
 
+def name_loggers(arguments: list[str]) -> list[str]:
+    """Shorten class names of loggers, as the suite gives them their place: `CSVLogger` is `csv`."""
+    values, rest = split_arguments(arguments, "--trainer.logger")
+    return [*rest, *(part for value in values for part in ("--trainer.logger", LOGGER_NAMES.get(value, value)))]
+
+
 class AppCLI(LightningCLI):
     """LightningCLI with named callbacks, run folders, configurations by bare name and commands on checkpoints.
 
@@ -111,7 +118,8 @@ class AppCLI(LightningCLI):
     def __init__(self, app: App, arguments: list[str] | None = None) -> None:
         self.app = app
         self.checkpoint: CheckpointFacts | None = None
-        self.shipped_default = find_config(f"{app.name}.yaml", app.name)
+        self.config_files: list[ConfigFile] = []
+        self.shipped_default = ConfigFile(SHIPPED / f"{app.name}.yaml", shipped=True)
         self.given = list(sys.argv[1:] if arguments is None else arguments)
         super().__init__(
             app.model,
@@ -147,7 +155,7 @@ class AppCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Build in full only the parser of the command that was given: each takes a second."""
-        self._full_parser_for = next((word for word in self.given if not word.startswith("-")), None)
+        self._full_parser_for = next((word for word in self.given if word in self.subcommands()), None)
         super()._add_subcommands(parser, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -160,7 +168,7 @@ class AppCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Compose shipped configuration, checkpoint, user's configurations and command line, in this order."""
-        arguments = self._compose(self.given) if self._full_parser_for in self.subcommands() else self.given
+        arguments = self._compose(self.given) if self._full_parser_for else self.given
         self.config = parser.parse_args(arguments)
         if self.checkpoint is not None:
             self._report_conflicts()
@@ -172,7 +180,10 @@ class AppCLI(LightningCLI):
         self.config_files = [find_config(name, self.app.name) for name in names]
         contents = {file.path: read_config(file.path, self.app.name) for file in self.config_files}
         rest = self._resolve_checkpoint_argument(subcommand, rest, contents)
-        files = self.config_files or ([] if self.checkpoint and self.checkpoint.config else [self.shipped_default])
+        rest = name_loggers(rest)
+        files = list(self.config_files)
+        if not (self.checkpoint and self.checkpoint.config) and not any("model" in c for c in contents.values()):
+            files.insert(0, self.shipped_default)
         layers = [str(file.path) for file in files if file.shipped]
         if self.checkpoint is not None:
             self._check_same_model(files, contents)
@@ -189,10 +200,12 @@ class AppCLI(LightningCLI):
         value = given[-1] if given else next((c["ckpt_path"] for c in contents.values() if c.get("ckpt_path")), None)
         if value in (None, "null"):
             return arguments
-        roots, _ = split_arguments(rest, "--run.root")
-        names, _ = split_arguments(rest, "--run.name")
-        root = Path(roots[-1] if roots else "runs")
-        path = resolve_checkpoint(value, root, self.app.name, names[-1] if names else None)
+        run: dict[str, Any] = {"root": "runs", "name": None}
+        for content in contents.values():
+            run |= content.get("run") or {}
+        for key in run:
+            run[key] = (split_arguments(rest, f"--run.{key}")[0] or [run[key]])[-1]
+        path = resolve_checkpoint(value, Path(run["root"]), self.app.name, run["name"])
         opened, _ = split_arguments(rest, "--weights_only")
         weights_only = not (opened and opened[-1].lower() == "false")
         self.checkpoint = describe_checkpoint(path, self.app.name, weights_only)
@@ -216,11 +229,16 @@ class AppCLI(LightningCLI):
 
     def _report_conflicts(self) -> None:
         used = self.plain_config()
-        before = {key: self.checkpoint.config.get(key) or {} for key in _KEPT_FROM_CHECKPOINT}
+        before = {key: self.checkpoint.config[key] for key in _KEPT_FROM_CHECKPOINT if key in self.checkpoint.config}
         if self.config.subcommand != "fit":
-            before.pop("trainer")
+            before.pop("trainer", None)
         for line in conflicts(before, used):
             rank_zero_info(f"overrides the checkpoint: {line}")
+        for file in self.config_files:
+            if file.shipped:
+                named = {key: value for key, value in read_config(file.path, self.app.name).items() if key in before}
+                for line in conflicts(named, used, given="used", kept=file.path.name):
+                    rank_zero_info(f"the checkpoint comes before a shipped configuration: {line}")
 
     def plain_config(self) -> dict[str, Any]:
         """The configuration of the chosen command as plain values, without what the data will fill in."""
@@ -237,12 +255,16 @@ class AppCLI(LightningCLI):
         if self.subcommand in _NEED_WEIGHTS and self.checkpoint is None:
             raise UserError(f"{self.subcommand} needs trained weights: give --ckpt_path FILE, last or best")
         config = self.config[self.subcommand]
-        files = getattr(self, "config_files", [])
-        named = [file for file in files if file.shipped] or files
+        named = [file for file in self.config_files if file.shipped] or self.config_files
         default_name = (named[0].path.stem if named else self.app.name) or self.app.name
         checkpoint = self.checkpoint.path if self.checkpoint else None
         self.run_folder: RunFolder = open_run_folder(
-            Path(config.run.root), self.app.name, config.run.name or default_name, self.subcommand, checkpoint
+            Path(config.run.root),
+            self.app.name,
+            config.run.name or default_name,
+            self.subcommand,
+            checkpoint,
+            named=config.run.name is not None,
         )
 
     def instantiate_classes(self) -> None:

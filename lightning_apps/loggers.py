@@ -134,7 +134,7 @@ def _wandb(folder: RunFolder) -> Logger:
     return WandbLogger(
         name=f"{app}/{name}",
         save_dir=str(folder.output),
-        project=PROJECT,
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
         id=f"{app}-{name}-{created}"[:120],
         resume="allow",
         offline=offline,

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ CHECKPOINT_KEY = "lightning_apps"
 # What belongs to one call and not to the run.
 NOT_CARRIED = ("ckpt_path", "run", "app", "weights_only")
 _LAUNCH_WAIT_S = 60.0
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class RunFolder:
 
 def is_main_process() -> bool:
     """Whether this process is rank zero, as far as the environment tells before any trainer exists."""
-    return all(int(os.environ.get(name, "0") or 0) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return all(int(os.environ.get(name, "0") or 0) == 0 for name in _RANKS)
 
 
 def run_of_checkpoint(checkpoint: Path, app: str) -> Path | None:
@@ -107,10 +109,13 @@ def resolve_checkpoint(given: str, root: Path, app: str, name: str | None) -> Pa
     return found[-1]
 
 
-def open_run_folder(root: Path, app: str, name: str, subcommand: str, checkpoint: Path | None) -> RunFolder:
+def open_run_folder(
+    root: Path, app: str, name: str, subcommand: str, checkpoint: Path | None, named: bool = False
+) -> RunFolder:
     """Fix the run folder of a command.
 
-    A resumed `fit` and every command on a checkpoint of a run use that run's folder; anything else gets a new folder
+    A resumed `fit` and every command on a checkpoint of a run use that run's folder, unless another name was asked for
+    explicitly (`named`); anything else gets a new folder
     `<root>/<app>/<name>`, with a number behind it where that exists. Processes that Lightning starts get the folder by
     environment variable; processes that a launcher such as torchrun or SLURM starts wait for rank zero's choice.
 
@@ -121,6 +126,8 @@ def open_run_folder(root: Path, app: str, name: str, subcommand: str, checkpoint
     if given:
         return RunFolder(Path(given), subcommand, resumed=True)
     existing = run_of_checkpoint(checkpoint, app) if checkpoint else None
+    if named and existing is not None and existing.name != name:
+        existing = None
     if not is_main_process():
         return RunFolder(existing or _await_choice(root / app), subcommand, resumed=True)
     path = existing or _make_folder(root / app, name)
@@ -150,16 +157,16 @@ def _make_folder(parent: Path, name: str) -> Path:
 
 
 def _launch_key() -> str | None:
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) <= 1:
-        return None
-    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
-    return "-".join(os.environ[name].replace("/", "_") for name in names if os.environ.get(name))
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+    found = [os.environ[name].replace("/", "_") for name in names if os.environ.get(name)]
+    return "-".join(found) or None
 
 
 def _announce_choice(parent: Path, path: Path) -> None:
     key = _launch_key()
     if key:
-        atomic_text(parent / f".launch-{key}", str(path))
+        choice = {"path": str(path), "host": socket.gethostname(), "launcher": os.getppid()}
+        atomic_text(parent / f".launch-{key}", json.dumps(choice))
 
 
 def _await_choice(parent: Path) -> Path:
@@ -167,7 +174,10 @@ def _await_choice(parent: Path) -> Path:
     start = time.time()
     while time.time() - start < _LAUNCH_WAIT_S:
         if pointer.is_file() and pointer.stat().st_mtime > start - _LAUNCH_WAIT_S:
-            return Path(pointer.read_text(encoding="utf-8"))
+            choice = json.loads(pointer.read_text(encoding="utf-8"))
+            # A launcher uses the same address again, but the processes of one launch have one parent on each host.
+            if choice["host"] != socket.gethostname() or choice["launcher"] == os.getppid():
+                return Path(choice["path"])
         time.sleep(0.1)
     raise UserError(f"rank zero did not announce its run folder in {pointer} within {_LAUNCH_WAIT_S:.0f} s")
 

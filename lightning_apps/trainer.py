@@ -28,7 +28,7 @@ class FeatureExtraction(LightningModule):
         return {"features": self.module.extract_features(batch.images), "labels": batch.labels, "index": batch.index}
 
 
-def load_weights(model: LightningModule, ckpt_path: str | None) -> None:
+def load_weights(model: LightningModule, ckpt_path: str | None, weights_only: bool | None = None) -> None:
     """Load the weights of a checkpoint, as Lightning does before it evaluates.
 
     Raises:
@@ -36,7 +36,7 @@ def load_weights(model: LightningModule, ckpt_path: str | None) -> None:
     """
     if ckpt_path is None:
         raise UserError("this command needs trained weights: give --ckpt_path FILE, last or best")
-    checkpoint = read_checkpoint(Path(ckpt_path))
+    checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
     model.on_load_checkpoint(checkpoint)
     try:
         model.load_state_dict(checkpoint["state_dict"])
@@ -71,6 +71,7 @@ class AppTrainer(Trainer):
         formats: list[Literal["onnx", "safetensors"]] | None = None,
         opset: int = 18,
         tolerance: float = 1e-4,
+        weights_only: bool | None = None,
     ) -> dict[str, Path]:
         """Write the deployable network as ONNX, checked against torch, and as safetensors.
 
@@ -82,6 +83,7 @@ class AppTrainer(Trainer):
             formats: What to write; by default both.
             opset: ONNX operator set.
             tolerance: Largest allowed difference between ONNX and torch outputs, relative to the largest output.
+            weights_only: False to load a checkpoint that holds more than tensors and plain values.
 
         Returns:
             The file of each format.
@@ -91,7 +93,7 @@ class AppTrainer(Trainer):
         """
         if not hasattr(model, "deployable_network"):
             raise UserError(f"{type(model).__name__} offers no deployable_network() to export")
-        load_weights(model, ckpt_path)
+        load_weights(model, ckpt_path, weights_only)
         return export_network(
             model.deployable_network(),
             getattr(self, "export_facts", {}),
@@ -109,6 +111,7 @@ class AppTrainer(Trainer):
         output: str | None = None,
         format: Literal["npz", "parquet"] = "npz",
         splits: list[Literal["train", "val", "test"]] | None = None,
+        weights_only: bool | None = None,
     ) -> list[Path]:
         """Write the features of every sample of the data to npz or parquet files.
 
@@ -119,6 +122,7 @@ class AppTrainer(Trainer):
             output: Folder to write to; by default `features/` of the run.
             format: File format.
             splits: Splits to write, one file each; by default all three.
+            weights_only: False to load a checkpoint that holds more than tensors and plain values.
 
         Returns:
             The files.
@@ -128,7 +132,7 @@ class AppTrainer(Trainer):
         folder = Path(output or self.default_root_dir)
         writers = [callback for callback in self.callbacks if isinstance(callback, PredictionWriter)]
         self.callbacks = [callback for callback in self.callbacks if callback not in writers]
-        load_weights(model, ckpt_path)
+        load_weights(model, ckpt_path, weights_only)
         extraction = FeatureExtraction(model)
         written = []
         for split in splits or ["train", "val", "test"]:

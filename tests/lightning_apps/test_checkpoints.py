@@ -70,6 +70,44 @@ def test_conflicts_are_named():
     ]
 
 
+def test_a_callback_that_comes_or_goes_is_a_conflict():
+    before = {"callbacks": {"ranking": {"class_path": "callbacks.DifficultyRanking"}, "ema": None}}
+    after = {"callbacks": {"ranking": None, "ema": {"class_path": "callbacks.EMATarget"}}}
+    assert conflicts(before, after) == [
+        "callbacks.ranking: None (given) instead of callbacks.DifficultyRanking (checkpoint)",
+        "callbacks.ema: callbacks.EMATarget (given) instead of None (checkpoint)",
+    ]
+
+
+def test_a_partial_file_stands_on_the_shipped_default(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("data: {init_args: {batch_size: 7}}\n")
+    used = composed(capsys, "fit", "--config", str(mine), "--callbacks.ranking.weight", "0.7")
+    assert used["data"]["init_args"]["batch_size"] == 7
+    assert used["model"]["class_path"] == "modules.bolt.BOLT"
+    assert used["callbacks"]["ranking"]["init_args"]["weight"] == 0.7
+
+
+def test_options_may_stand_before_the_command(capsys):
+    assert composed(capsys, "--config", "bolt/byol.yaml", "fit")["model"]["init_args"]["perturb"] is False
+
+
+def test_a_file_of_the_same_name_here_is_used_only_when_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bolt.yaml").write_text("model: {init_args: {lr: 9.0}}\n")
+    assert composed(capsys, "fit")["model"]["init_args"]["lr"] != 9.0
+
+
+def test_last_is_looked_for_where_the_configuration_puts_runs(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "elsewhere/bolt/run/checkpoints"
+    folder.mkdir(parents=True)
+    checkpoint.rename(folder / "last.ckpt")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"run: {{root: {tmp_path}/elsewhere}}\n")
+    used = composed(capsys, "test", "--ckpt_path", "last", "--config", str(mine))
+    assert used["ckpt_path"] == str(folder / "last.ckpt")
+
+
 def test_a_checkpoint_of_another_app_names_that_app(tmp_path):
     path = tmp_path / "emo.ckpt"
     torch.save({"state_dict": {}, "lightning_apps": {"app": "emo"}}, path)
@@ -110,7 +148,15 @@ def test_a_file_without_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "read"),
-    [("false", False), ("true", True), ("null", None), ("csv", "csv"), ("[csv,tensorboard]", ["csv", "tensorboard"])],
+    [
+        ("false", False),
+        ("true", True),
+        ("null", None),
+        ("csv", "csv"),
+        ("CSVLogger", "csv"),
+        ("WandbLogger", "wandb"),
+        ("[csv,tensorboard]", ["csv", "tensorboard"]),
+    ],
 )
 def test_loggers_by_name_or_none(capsys, given, read):
     assert composed(capsys, "fit", "--trainer.logger", given)["trainer"]["logger"] == read

@@ -18,9 +18,9 @@ def _fresh_process(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
-def start(root, name="run", subcommand="fit", checkpoint=None):
+def start(root, name="run", subcommand="fit", checkpoint=None, named=False):
     os.environ.pop(ENVIRONMENT, None)
-    return open_run_folder(root, "bolt", name, subcommand, checkpoint)
+    return open_run_folder(root, "bolt", name, subcommand, checkpoint, named)
 
 
 def checkpoint_of(folder):
@@ -41,6 +41,14 @@ def test_a_resume_reuses_the_folder_of_its_checkpoint(tmp_path):
     again = start(tmp_path, name="other", checkpoint=checkpoint_of(first))
     assert again.path == first.path
     assert again.resumed
+
+
+def test_a_name_asked_for_starts_a_run_of_its_own_from_a_checkpoint(tmp_path):
+    first = start(tmp_path)
+    branch = start(tmp_path, name="branch", checkpoint=checkpoint_of(first), named=True)
+    assert branch.path == tmp_path / "bolt/branch"
+    assert not branch.resumed
+    assert start(tmp_path, name="run", checkpoint=checkpoint_of(first), named=True).path == first.path
 
 
 def test_commands_on_a_checkpoint_write_into_a_folder_of_their_own(tmp_path):
@@ -69,6 +77,12 @@ def test_processes_of_a_launcher_wait_for_rank_zero(tmp_path, monkeypatch):
     os.environ["RANK"] = "1"
     assert start(tmp_path).path == first.path
     pointer = next((tmp_path / "bolt").glob(".launch-*"))
+    monkeypatch.setattr(run_folder.os, "getppid", lambda: -1)
+    monkeypatch.setattr(run_folder, "_LAUNCH_WAIT_S", 1.0)
+    with pytest.raises(UserError, match="rank zero did not announce"):
+        start(tmp_path)  # what another launch from the same address has left
+    monkeypatch.undo()
+    os.environ.update(WORLD_SIZE="2", RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1234", TORCHELASTIC_RUN_ID="x/y")
     long_ago = time.time() - 3600
     os.utime(pointer, (long_ago, long_ago))
     monkeypatch.setattr(run_folder, "_LAUNCH_WAIT_S", 0.2)
