@@ -169,10 +169,15 @@ class ClassificationReport(Callback):
 
 
 def is_due(trainer: Trainer, every_n_epochs: int) -> bool:
-    """Whether something done in every n-th epoch, and in the last one, is to be done now; not in the sanity check."""
+    """Whether something done every n epochs, at the first and at the last validation, is to be done now.
+
+    That is at the first validation in each run of n epochs, which need not all be validated; never in the sanity check.
+    """
     if trainer.sanity_checking:
         return False
     if trainer.state.fn != "fit":
         return True
-    epoch = trainer.current_epoch
-    return epoch % every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
+    epoch, step = trainer.current_epoch, trainer.check_val_every_n_epoch or 1
+    ends = trainer.should_stop or (0 < trainer.max_steps <= trainer.global_step)
+    no_further = trainer.max_epochs not in (None, -1) and epoch + step >= trainer.max_epochs
+    return epoch % every_n_epochs < step or ends or no_further

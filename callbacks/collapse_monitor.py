@@ -85,13 +85,15 @@ class CollapseMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
+        self._step = trainer.global_step
         self._hook = self._watched(pl_module).register_forward_hook(self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batches below the threshold and act when there were too many on end."""
-        if self._seen:
+        """Count the optimiser steps below the threshold and act when there were too many on end."""
+        if self._seen and trainer.global_step > self._step:
+            self._step = trainer.global_step
             spread = torch.stack(self._seen).mean()
             self._seen = []
             self._below = torch.where(spread < self.threshold, self._below + 1, 0)

@@ -294,7 +294,7 @@ class FeatureProbes(Callback):
             if bank is not None and queries is not None:
                 try:
                     result = self._evaluate(trainer, pl_module, stage, _labelled(bank), _labelled(queries))
-                except ValueError as error:
+                except (ValueError, OSError, RuntimeError) as error:
                     result = {"error": f"FeatureProbes: {error}"}
             result = trainer.strategy.broadcast(result)
         if "error" in result:

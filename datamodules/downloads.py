@@ -60,6 +60,9 @@ def fetch(remote: RemoteFile, target: Path, *, attempts: int = 5, wait: float = 
     """
     from filelock import FileLock
 
+    if target.exists():  # a lock file may not be wanted, or allowed, beside data that is complete
+        verify(target, remote.md5)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():

@@ -1,5 +1,6 @@
 """The LightningDataModule behind every image data set: splits, label subsets, caching, loaders, predictions."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,7 +48,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: Images per training step and process.
         eval_batch_size: Images per evaluation step and process; None for ``batch_size``.
         num_workers: Loading processes; None chooses 0 for small sets in memory, otherwise at most 2 per process.
-        seed: Seed of order and augmentation.
+        seed: Seed of order and augmentation; None for that of `seed_everything`, or 0.
         augment: Strength of the data set's own pipeline. ``pretrain`` trains on all images and needs no labels;
             ``finetune`` and ``none`` train on the labelled subset.
         views: Augmented views per training image: 2 only with ``pretrain``.
@@ -86,7 +87,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         augment: Literal["pretrain", "finetune", "none"] = "finetune",
         views: int = 1,
         label_fraction: float = 1.0,
@@ -120,6 +121,13 @@ class ImageDataModule(LightningDataModule):
     def make_reader(self) -> Reader:
         """Return the reader of the chosen layout."""
         raise NotImplementedError
+
+    @property
+    def seed(self) -> int:
+        """Seed of order and augmentation."""
+        if self.hparams.seed is not None:
+            return self.hparams.seed
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     @property
     def class_names(self) -> list[str]:
@@ -180,7 +188,7 @@ class ImageDataModule(LightningDataModule):
         sampler = TrainBatchSampler(
             len(dataset),
             self.hparams.batch_size,
-            seed=self.hparams.seed,
+            seed=self.seed,
             rank=self._rank,
             world_size=self._world_size,
             drop_last=self._drops_last(len(dataset)),
@@ -200,7 +208,7 @@ class ImageDataModule(LightningDataModule):
             labels,
             None if pretrain else chosen,
             self._training_view(),
-            seed=self.hparams.seed,
+            seed=self.seed,
             views=self.hparams.views,
         )
 
@@ -414,7 +422,7 @@ class ImageDataModule(LightningDataModule):
             worker_init_fn=quiet_worker if workers else None,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own keeps the loader from drawing on the global one, which the model's noise uses.
-            generator=torch.Generator().manual_seed(self.hparams.seed),
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _workers(self, dataset: ImageDataset) -> int:

@@ -1,7 +1,8 @@
 """From what a reader found to train, validation and test parts that do not leak into one another."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -80,17 +81,17 @@ def _anew(samples: Samples, split: Split, seed: int, val: float, test: float) ->
     if split == "random":
         rows = stratified_split(samples.labels, val, test, seed)
     else:
-        groups = merge_groups(samples.groups, _identical(samples).values(), len(samples))
+        groups = merge_groups(samples.groups, _identical([samples]).values(), len(samples))
         rows = grouped_split(samples.labels, groups, val, test, seed)
     return {part: samples.take(rows[part]) for part in PARTS if part != "test" or test}
 
 
-def _identical(samples: Samples) -> dict[str, list[int]]:
-    """Content -> rows, for images that occur more than once."""
-    if samples.paths is not None:
-        return same_content(samples.paths.tolist())
+def _identical(parts: Sequence[Samples]) -> dict[str, list[int]]:
+    """Content -> rows, counted through all parts, for images that occur more than once."""
+    if parts[0].paths is not None:
+        return same_content([path for samples in parts for path in samples.paths.tolist()])
     by_content: dict[str, list[int]] = {}
-    for row, image in enumerate(samples.pixels):
+    for row, image in enumerate(chain.from_iterable(samples.pixels for samples in parts)):
         by_content.setdefault(blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest(), []).append(row)
     return {content: rows for content, rows in by_content.items() if len(rows) > 1}
 
@@ -98,10 +99,12 @@ def _identical(samples: Samples) -> dict[str, list[int]]:
 def _owners(parts: Mapping[str, Samples]) -> dict[str, list[tuple[str, str]]]:
     """Content or group -> the (part, id) of each of its rows."""
     rows_of = [(part, name) for part, samples in parts.items() for name in samples.ids.tolist()]
-    everything = Samples.concatenate(list(parts.values()))
-    owners = {content: [rows_of[row] for row in rows] for content, rows in _identical(everything).items()}
-    if everything.groups is not None:
-        for owner, group in zip(rows_of, everything.groups.tolist(), strict=True):
-            if group:
-                owners.setdefault(f"group {group}", []).append(owner)
+    found = list(parts.values())
+    owners = {content: [rows_of[row] for row in rows] for content, rows in _identical(found).items()}
+    groups = [
+        group for samples in found for group in (samples.groups if samples.groups is not None else [""] * len(samples))
+    ]
+    for owner, group in zip(rows_of, groups, strict=True):
+        if group:
+            owners.setdefault(f"group {group}", []).append(owner)
     return owners

@@ -46,7 +46,11 @@ def create_network(
     try:
         network = _create(name, image_size, arguments)
     except TypeError as error:
-        raise ValueError(f"encoder_options: {name} does not take {options}: {error}") from error
+        given = {key: value for key, value in options.items() if value is not None}
+        raise ValueError(
+            f"encoder_options or drop_path: {name} does not take {given}: {error}. Give encoder_options: {{}} and "
+            "drop_path: 0 for the model as timm defines it; only timm's VisionTransformer family has patches to change"
+        ) from error
     check_divisible(network, image_size)
     return network
 

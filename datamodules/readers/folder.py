@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.image_files import IMAGE_SUFFIXES, is_image, list_folders, list_images, missing_images
 from datamodules.readers.label_tables import check_unique, class_index, read_table, row_name
@@ -86,7 +87,14 @@ class FolderReader:
         named = {folder.name: PART_FOLDERS[folder.name] for folder in folders if folder.name in PART_FOLDERS}
         if self._has_table or not named:
             return {}
-        return named if any(list_folders(self.root / name) for name in named) else {}
+        with_classes = {name: part for name, part in named.items() if list_folders(self.root / name)}
+        left_out = sorted(set(named) - set(with_classes))
+        if with_classes and left_out:
+            rank_zero_warn(
+                f"{self.root}: no class folders in {', '.join(left_out)}, left out; "
+                "--data.predict_path predicts such images"
+            )
+        return with_classes
 
     def _class_folders(self) -> list[Path]:
         parents = [self.root / name for name in self._part_folders] or [self.root]

@@ -3,12 +3,13 @@ import csv
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from sklearn.metrics import confusion_matrix as reference_confusion
 from sklearn.metrics import precision_recall_fscore_support
 
 from callbacks import ClassificationReport
-from callbacks.classification_report import class_scores, confusion_figure, confusion_matrix
+from callbacks.classification_report import class_scores, confusion_figure, confusion_matrix, is_due
 from tests.callbacks.byol import quiet_trainer
 from tests.callbacks.clusters import Classifier, Clusters, Encoder
 from tests.distributed import run_ranks
@@ -101,3 +102,25 @@ def test_figure_shows_the_counts(classes):
     assert shown == (list(range(4)) if classes == 2 else [])
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     assert np.allclose(axis.images[0].get_array(), share)
+
+
+@pytest.mark.parametrize(
+    ("every", "validate_every", "epochs", "due"),
+    [
+        (2, 1, 5, [0, 2, 4]),
+        (2, 1, 6, [0, 2, 4, 5]),
+        (2, 2, 11, [1, 3, 5, 7, 9]),
+        (5, 5, 30, [4, 9, 14, 19, 24, 29]),
+        (5, 2, 12, [1, 5, 11]),
+        (100, 3, 10, [2, 8]),
+    ],
+)
+def test_the_first_the_last_and_every_nth_validation_are_due(every, validate_every, epochs, due):
+    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=validate_every, logger=False, accelerator="cpu")
+    trainer.state.fn = TrainerFn.FITTING
+    found = []
+    for epoch in range(validate_every - 1, epochs, validate_every):
+        trainer.fit_loop.epoch_progress.current.completed = trainer.fit_loop.epoch_progress.current.processed = epoch
+        if is_due(trainer, every):
+            found.append(epoch)
+    assert found == due

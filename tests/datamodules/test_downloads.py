@@ -202,3 +202,14 @@ def test_verify_is_silent_about_the_right_file_and_no_sum(tmp_path):
     verify(path, MD5)
     verify(path, None)
     assert md5_of(path) == MD5
+
+
+def test_data_that_is_there_is_used_where_nothing_may_be_written(tmp_path, monkeypatch):
+    import filelock
+
+    target = tmp_path / "data.npz"
+    target.write_bytes(b"complete")
+    monkeypatch.setattr(filelock, "FileLock", None)
+    remote = RemoteFile("http://127.0.0.1:9/data.npz", hashlib.md5(b"complete").hexdigest())
+    assert fetch(remote, target) == target
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]

@@ -707,3 +707,18 @@ def test_the_command_line_knows_every_option():
     configuration = parser.parse_args([*arguments, "--data.augment=pretrain", "--data.label_fraction=0.1"])
     data = parser.instantiate(configuration).data
     assert (data.num_classes, data.hparams.views, data.hparams.label_fraction) == (2, 2, 0.1)
+
+
+@pytest.mark.parametrize(("given", "everything", "used"), [(None, "7", 7), (3, "7", 3), (None, None, 0)])
+def test_the_seed_is_that_of_seed_everything_unless_given(monkeypatch, given, everything, used):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    if everything is not None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", everything)
+    data = ImageClassification(layout="digits", seed=given, augment="pretrain")
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    expected = ImageClassification(layout="digits", seed=used, augment="pretrain")
+    expected.setup("fit")
+    same = next(iter(expected.train_dataloader()))
+    assert torch.equal(batch.index, same.index)
+    assert torch.equal(batch.images, same.images)

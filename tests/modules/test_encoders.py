@@ -91,7 +91,9 @@ def test_an_unknown_name_gets_the_nearest_ones():
 
 
 def test_an_unknown_option_is_named():
-    with pytest.raises(ValueError, match=r"encoder_options: vit_tiny_patch16_224 does not take .*'width': 3"):
+    with pytest.raises(
+        ValueError, match=r"encoder_options or drop_path: vit_tiny_patch16_224 does not take .*'width': 3"
+    ):
         create_network("vit_tiny_patch16_224", 224, 3, 0, {"width": 3})
 
 

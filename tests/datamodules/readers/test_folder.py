@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 
@@ -153,3 +155,12 @@ def test_one_empty_class_folder_is_named(class_folders):
 def test_predictions_have_a_column_per_class(class_folders):
     table = FolderReader(str(class_folders), "colour").predictions(["a.jpg", "b.jpg"], np.eye(3)[:2])
     assert table.to_csv(index=False) == "path,basophil,eosinophil,platelet\na.jpg,1.0,0.0,0.0\nb.jpg,0.0,1.0,0.0\n"
+
+
+def test_a_part_without_class_folders_is_left_out(part_folders):
+    shutil.rmtree(part_folders / "test")
+    save_image(part_folders / "test" / "x.png", seed=99)
+    with pytest.warns(UserWarning, match=r"no class folders in test, left out; --data\.predict_path"):
+        found = FolderReader(str(part_folders)).read()
+    assert "train" in found
+    assert "test" not in found

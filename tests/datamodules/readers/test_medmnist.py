@@ -29,6 +29,8 @@ def test_grey_archives_get_a_channel(medmnist_file):
 def test_class_names_can_be_given(medmnist_file):
     path = medmnist_file("cells")
     assert MedMNISTReader(str(path.parent), "cells", class_names=["a", "b", "c"]).facts.class_names == ("a", "b", "c")
+    more = ["a", "b", "c", "a class without an image"]
+    assert MedMNISTReader(str(path.parent), "cells", class_names=more).facts.class_names == tuple(more)
     with pytest.raises(ValueError, match=r"class_names has 2 names, but .*cells\.npz has 3 classes"):
         assert MedMNISTReader(str(path.parent), "cells", class_names=["a", "b"]).facts
 
