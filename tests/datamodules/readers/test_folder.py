@@ -161,6 +161,6 @@ def test_a_part_without_class_folders_is_left_out(part_folders):
     shutil.rmtree(part_folders / "test")
     save_image(part_folders / "test" / "x.png", seed=99)
     with pytest.warns(UserWarning, match=r"no class folders in test, left out; --data\.predict_path"):
-        found = FolderReader(str(part_folders)).read()
+        found = FolderReader(str(part_folders), "colour").read()
     assert "train" in found
     assert "test" not in found
