@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional
+from torchmetrics import MeanMetric
 
 from modules.auxiliary import AuxiliaryObjectives
 from modules.classification.class_weights import ClassWeight, class_weights, count_classes
@@ -106,6 +107,8 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         self.register_buffer("class_weights", torch.ones(num_classes))
         self.val_metrics = classification_metrics(num_classes, "val/", class_names)
         self.test_metrics = classification_metrics(num_classes, "test/", class_names)
+        # A metric, so that a process without a labelled image takes part in the reduction all the same.
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
         self.init_auxiliary()
 
     @property
@@ -207,9 +210,9 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         probabilities = logits.softmax(1)
         labelled = batch.labels >= 0
         if labelled.any():
-            loss = functional.cross_entropy(logits[labelled], batch.labels[labelled])
-            self.log_epoch({f"{stage}/loss": loss}, batch_size=int(labelled.sum()))
-            self._metrics(stage).update(probabilities[labelled], batch.labels[labelled])
+            labels = batch.labels[labelled]
+            self.losses[stage].update(functional.cross_entropy(logits[labelled], labels, reduction="none"))
+            self._metrics(stage).update(probabilities[labelled], labels)
         return {"probabilities": probabilities, "labels": batch.labels, "index": batch.index}
 
     def on_validation_epoch_end(self) -> None:
@@ -225,13 +228,15 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         metrics = self._metrics(stage)
-        if self.trainer.world_size == 1 and not metrics["acc"].update_called:
+        if self.trainer.world_size == 1 and not self.losses[stage].weight:
             rank_zero_warn(f"{stage}: no labelled image, so there are no metrics.")
             return
         values = metrics.compute()
+        values[f"{stage}/loss"] = self.losses[stage].compute()
         values[f"{stage}/main"] = values[f"{stage}/{self.hparams.main_metric}"]
         self.log_dict(values, sync_dist=True)
         metrics.reset()
+        self.losses[stage].reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Optimizer with learning rates that fall towards the first layer, warm-up and schedule."""

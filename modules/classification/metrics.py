@@ -61,6 +61,13 @@ class PresentClassAUROC(MulticlassAUROC):
         super().__init__(num_classes, average="none", thresholds=None, **kwargs)
         self.class_names = list(class_names) if class_names else [str(label) for label in range(num_classes)]
 
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes; one that saw no label sends empty ones, which torchmetrics waits for."""
+        if not self.preds:
+            self.preds.append(torch.empty(0, self.num_classes, device=self.device))
+            self.target.append(torch.empty(0, dtype=torch.long, device=self.device))
+        super().sync(*args, **kwargs)
+
     def compute(self) -> Tensor:
         """Value in [0, 1]; NaN if fewer than two classes occur."""
         probabilities, labels = dim_zero_cat(self.preds), dim_zero_cat(self.target)

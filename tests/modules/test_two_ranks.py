@@ -90,3 +90,26 @@ def test_two_ranks_equal_one_process_with_two_accumulated_batches():
             if key.startswith("val/"):
                 assert logged[key] == pytest.approx(value.item(), abs=1e-5), key
     assert results[0][1]["train/loss"] == pytest.approx(trainer.callback_metrics["train/loss"].item(), abs=1e-5)
+
+
+def evaluate_with_labels_on_one_rank(rank):
+    torch.manual_seed(0)
+    items = batches(3)
+    if rank == 1:
+        items = [item._replace(labels=torch.full_like(item.labels, -1)) for item in items]
+    (metrics,) = two_rank_trainer().validate(
+        ImageClassifier(**SETTINGS), DataLoader(items, batch_size=None), verbose=False
+    )
+    return metrics
+
+
+def test_a_rank_without_a_labelled_image_keeps_no_other_waiting():
+    torch.manual_seed(0)
+    module = ImageClassifier(**SETTINGS)
+    (expected,) = quiet_trainer().validate(module, DataLoader(batches(3), batch_size=None), verbose=False)
+    for metrics in run_ranks(evaluate_with_labels_on_one_rank, 2):
+        assert metrics == pytest.approx(expected, abs=1e-6)
+    labels = torch.cat([item.labels for item in batches(3)])
+    with torch.no_grad():
+        logits = torch.cat([module(item.images) for item in batches(3)])
+    assert expected["val/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-6)
