@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from lightning_apps.bolt import APP
-from lightning_apps.checkpoints import flatten
 from lightning_apps.cli import AppCLI
 from lightning_apps.config_files import SHIPPED, shipped_names
 from lightning_apps.run_folder import ENVIRONMENT
@@ -49,6 +48,14 @@ ENCODERS = {
     "bolt/retinamnist": 5_357_952,
 }
 SIDES = {"medmnist": 28}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def read(name: str) -> dict[str, Any]:
