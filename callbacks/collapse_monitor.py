@@ -30,13 +30,13 @@ class CollapseMonitor(Callback):
     """Warns, or stops the run, when representations stay close to collapse.
 
     After each training batch it takes the output z (B, D) of one submodule and compares the standard deviation of
-    the L2-normalised z with ``threshold / sqrt(D)``. If it stays below for ``patience`` batches on end, it acts, once.
+    the L2-normalised z with ``threshold / sqrt(D)``. If it stays below for ``patience`` optimiser steps on end, it acts, once.
     If the submodule runs several times per batch, the mean over its outputs counts.
 
     Args:
         watch: attribute path of the submodule whose output is z, for example ``online.projector``.
         threshold: share of the spread of evenly distributed directions, in (0, 1).
-        patience: number of batches.
+        patience: number of optimiser steps.
         action: ``warn``, or ``stop`` to end training after the batch; all ranks stop together.
         log_as: name under which the spread relative to 1/sqrt(D) is logged; None logs nothing.
 
