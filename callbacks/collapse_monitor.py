@@ -30,7 +30,8 @@ class CollapseMonitor(Callback):
     """Warns, or stops the run, when representations stay close to collapse.
 
     After each training batch it takes the output z (B, D) of one submodule and compares the standard deviation of
-    the L2-normalised z with ``threshold / sqrt(D)``. If it stays below for ``patience`` optimiser steps on end, it acts, once.
+    the L2-normalised z with ``threshold / sqrt(D)``. If it stays below for
+    ``patience`` optimiser steps on end, it acts, once.
     If the submodule runs several times per batch, the mean over its outputs counts.
 
     Args:
