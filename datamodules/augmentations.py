@@ -6,7 +6,7 @@ import random
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -54,14 +54,27 @@ class SeededPipeline:
 
     Args:
         build: Returns the transforms.
+        options: Further arguments of ``albumentations.Compose``, such as ``bbox_params``.
     """
 
-    def __init__(self, build: "Callable[[], Sequence[BasicTransform]]") -> None:
-        self.build = build
+    def __init__(self, build: "Callable[[], Sequence[BasicTransform]]", options: dict[str, Any] | None = None) -> None:
+        self.build, self.options = build, dict(options or {})
         self._compose: Compose | None = None
 
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Apply the transforms with the randomness that belongs to ``key``."""
+        return self.apply(key, image=image)["image"]
+
+    def apply(self, key: Key, **targets: Any) -> dict[str, Any]:
+        """Transform an image together with what belongs to it.
+
+        Args:
+            key: Determines all that is random.
+            targets: ``image``, and ``mask``, ``bboxes`` or what else albumentations knows.
+
+        Returns:
+            The transformed targets by name.
+        """
         compose = self._compose or self._prepare()
         digest = hashlib.blake2b(struct.pack("<5q", *key), digest_size=40).digest()
         number = int.from_bytes
@@ -72,10 +85,10 @@ class SeededPipeline:
             "uinteger": 0,
         }
         self._python_random.seed(number(digest[32:], "little"))
-        return compose(image=image)["image"]
+        return compose(**targets)
 
     def __getstate__(self) -> dict:
-        return {"build": self.build}
+        return {"build": self.build, "options": self.options}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -83,7 +96,7 @@ class SeededPipeline:
     def _prepare(self) -> "Compose":
         from albumentations import Compose
 
-        compose = Compose(list(self.build()), is_check_shapes=False)
+        compose = Compose(list(self.build()), is_check_shapes=False, **self.options)
         self._numpy_random = np.random.Generator(np.random.PCG64(0))
         self._python_random = random.Random(0)
         compose.set_random_state(self._numpy_random, self._python_random)

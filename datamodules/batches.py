@@ -22,3 +22,34 @@ class ImageBatch(NamedTuple):
     def images(self) -> Tensor:
         """The first view, (B, C, H, W)."""
         return self.views[0]
+
+
+class SegmentationBatch(NamedTuple):
+    """Images with a class for each pixel.
+
+    Args:
+        images: (B, C, h, w) float32, normalised.
+        masks: (B, H, W) int64 class indices, 255 where a pixel is not to be learned from or counted. In training the
+            size is that of the images; in evaluation it is that of the picture on disk, also where nothing is labelled.
+        index: (B,) int64 row of each sample in its split.
+    """
+
+    images: Tensor
+    masks: Tensor
+    index: Tensor
+
+
+class DetectionBatch(NamedTuple):
+    """Pictures with boxes around objects.
+
+    Args:
+        images: B tensors (C, h, w) float32 in [0, 1], of any sizes.
+        targets: B dictionaries: ``boxes`` (n, 4) float32 xyxy in pixels of the image given to the model, ``labels``
+            (n,) int64 from 1 (0 is the background), ``iscrowd`` (n,) int64, ``area`` (n,) float32 in pixels of the
+            picture on disk (of the segment, where there is one), ``size`` (2,) int64 its height and width.
+        index: (B,) int64 row of each sample in its split.
+    """
+
+    images: list[Tensor]
+    targets: list[dict[str, Tensor]]
+    index: Tensor

@@ -29,14 +29,8 @@ def create_network(
         ValueError: unknown name (with the nearest ones), an option the model does not have, or an image size that the
             patch size does not divide.
     """
-    import timm
-
     options = dict(options or {})
-    if not timm.is_model(name):
-        import difflib
-
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"encoder: {name!r} is not a timm model; nearest: {', '.join(near) or 'none'}")
+    require_timm_model(name, "encoder")
     if name != SMALL_VIT and options.items() >= SMALL_VIT_OPTIONS.items():
         rank_zero_warn(
             f"encoder_options {SMALL_VIT_OPTIONS} are those of the small digits encoder and now change {name}; "
@@ -53,6 +47,17 @@ def create_network(
         ) from error
     check_divisible(network, image_size)
     return network
+
+
+def require_timm_model(name: str, field: str) -> None:
+    """Raise a ValueError that names the field and the nearest names unless timm, or this suite in it, has the model."""
+    import timm
+
+    if not timm.is_model(name):
+        import difflib
+
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"{field}: {name!r} is not a timm model; nearest: {', '.join(near) or 'none'}")
 
 
 def _create(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
