@@ -16,6 +16,7 @@ from callbacks.pictures import PictureLogger
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.probes import FeatureProbes
 from callbacks.step_seed import StepSeed
+from callbacks.weight_averaging import WarmupWeightAveraging
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -34,6 +35,7 @@ __all__ = [
     "PictureLogger",
     "PredictionWriter",
     "StepSeed",
+    "WarmupWeightAveraging",
     "atomic_bytes",
     "atomic_text",
     "atomic_write",

@@ -226,17 +226,28 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
     def _metrics(self, stage: str) -> nn.Module:
         return self.val_metrics if stage == "val" else self.test_metrics
 
-    def _log_metrics(self, stage: str) -> None:
-        metrics = self._metrics(stage)
-        if self.trainer.world_size == 1 and not self.losses[stage].weight:
+    def evaluation_scores(self, stage: str) -> dict[str, Tensor]:
+        """Compute and reset what the evaluation steps have gathered; empty without a labelled image.
+
+        Args:
+            stage: ``val`` or ``test``.
+
+        Returns:
+            Scores by the names they are logged under; ``<stage>/main`` is the one that a run is selected by.
+        """
+        metrics, losses = self._metrics(stage), self.losses[stage]
+        if not torch.distributed.is_initialized() and not losses.weight:
             rank_zero_warn(f"{stage}: no labelled image, so there are no metrics.")
-            return
+            return {}
         values = metrics.compute()
-        values[f"{stage}/loss"] = self.losses[stage].compute()
+        values[f"{stage}/loss"] = losses.compute()
         values[f"{stage}/main"] = values[f"{stage}/{self.hparams.main_metric}"]
-        self.log_dict(values, sync_dist=True)
         metrics.reset()
-        self.losses[stage].reset()
+        losses.reset()
+        return values
+
+    def _log_metrics(self, stage: str) -> None:
+        self.log_dict(self.evaluation_scores(stage), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Optimizer with learning rates that fall towards the first layer, warm-up and schedule."""
