@@ -17,6 +17,8 @@ class App:
         model: Base class of the models the app accepts; the configuration's `class_path` chooses one.
         data: Base class of the datamodules the app accepts.
         callbacks: Named callbacks, configurable as `callbacks.<name>` in YAML and on the command line.
+        writers: Named callbacks that write predictions, and the datamodules that `predict` uses each of them for unless
+            the configuration names a writer; other data gets a table of predictions.
         facts: Properties of the datamodule handed to model arguments of the same name.
         subcommands: Names of trainer methods that are commands of this app, besides the ones all apps have.
         requires: Importable package -> extra that installs it.
@@ -27,6 +29,7 @@ class App:
     model: type[LightningModule]
     data: type[LightningDataModule]
     callbacks: dict[str, type[Callback]] = field(default_factory=dict)
+    writers: dict[str, type[LightningDataModule]] = field(default_factory=dict)
     facts: tuple[str, ...] = ()
     subcommands: tuple[str, ...] = ()
     requires: dict[str, str] = field(default_factory=dict)

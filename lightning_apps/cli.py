@@ -347,8 +347,8 @@ class AppCLI(LightningCLI):
         checkpoint = slots.get("checkpoint")
         if checkpoint is not None and checkpoint.dirpath is None:
             checkpoint.dirpath = str(self.run_folder.checkpoints)
-        if self.subcommand == "predict" and "predictions" not in slots:
-            slots["predictions"] = PredictionWriter()
+        if self.subcommand == "predict" and not slots.keys() & {"predictions", *self.app.writers}:
+            slots |= self._default_writer()
         recorder = RunRecorder(self.run_folder, self.app.name, self.plain_config(), self.facts)
         seed = self.config[self.subcommand].get("seed_everything")
         seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else int(os.environ["PL_GLOBAL_SEED"])
@@ -361,6 +361,12 @@ class AppCLI(LightningCLI):
             *slots.values(),
             GracefulStop(),
         ]
+
+    def _default_writer(self) -> dict[str, Callback]:
+        for name, data in self.app.writers.items():
+            if isinstance(self.datamodule, data):
+                return {name: self.app.callbacks[name]()}
+        return {"predictions": PredictionWriter()}
 
 
 class ContinueMetrics(Callback):

@@ -1,8 +1,8 @@
-"""Write a plain network to ONNX and safetensors, and check that what was written computes the same."""
+"""Write a plain network to ONNX, torch.export and safetensors, and check that what was written computes the same."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from callbacks.atomic_files import atomic_text
 from lightning_apps.errors import UserError
 
-CHECKED_BATCHES = (1, 5)
+CHECKED_BATCHES = (1, 8)
+NORMALISED = "images (batch, channels, height, width), normalised float32"
 
 
 def export_network(
@@ -27,12 +28,12 @@ def export_network(
     """Export a network that maps images (B, C, H, W) to one tensor.
 
     Args:
-        network: The network.
+        network: The network; an attribute `input_description` tells what its input is, if not normalised images.
         facts: `image_size`, `in_channels`, and what else a user of the files needs: class names, mean, std.
         folder: Where to write.
-        formats: Any of `onnx` and `safetensors`.
+        formats: Any of `onnx`, `safetensors` and `pt2` (a program of torch.export).
         opset: ONNX operator set.
-        tolerance: Largest allowed difference between ONNX and torch, relative to the largest output.
+        tolerance: Largest allowed difference between what was written and torch, relative to the largest output.
 
     Returns:
         The file of each format, and `export.json` that describes them.
@@ -43,14 +44,17 @@ def export_network(
     network = network.eval().cpu().float()
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, Path] = {}
-    report: dict[str, Any] = {"facts": facts, "input": "images (batch, channels, height, width), normalised float32"}
+    report: dict[str, Any] = {"facts": facts, "input": getattr(network, "input_description", NORMALISED)}
+    size, channels = int(facts["image_size"]), int(facts["in_channels"])
     if "safetensors" in formats:
         written["safetensors"] = write_safetensors(network, folder / "model.safetensors", facts)
     if "onnx" in formats:
-        size, channels = int(facts["image_size"]), int(facts["in_channels"])
         path = folder / "model.onnx"
         report |= {"opset": opset, "largest_difference": write_onnx(network, path, channels, size, opset, tolerance)}
         written["onnx"] = path
+    if "pt2" in formats:
+        written["pt2"] = folder / "model.pt2"
+        report["largest_difference_pt2"] = write_program(network, written["pt2"], channels, size, tolerance)
     report["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     written["description"] = folder / "export.json"
     atomic_text(written["description"], json.dumps(report, indent=2) + "\n")
@@ -83,7 +87,7 @@ def write_onnx(network: nn.Module, path: Path, channels: int, size: int, opset: 
     if missing:
         raise UserError(f"export to ONNX needs {', '.join(missing)}: pip install 'lightning-apps[export]'")
     temporary = path.with_name(f".{path.name}.tmp")
-    example = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    example = _example(2, channels, size)
     program = torch.onnx.export(
         network,
         (example,),
@@ -91,28 +95,64 @@ def write_onnx(network: nn.Module, path: Path, channels: int, size: int, opset: 
         opset_version=opset,
         input_names=["images"],
         output_names=["output"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        dynamic_shapes=_dynamic_batch(),
         verbose=False,
     )
     program.save(str(temporary), external_data=False)
-    difference = _largest_difference(network, temporary, example.shape[1:], tolerance)
-    os.replace(temporary, path)
-    return difference
-
-
-def _largest_difference(network: nn.Module, path: Path, shape: torch.Size, tolerance: float) -> float:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return _checked(network, run, temporary, path, (channels, size), tolerance)
+
+
+def write_program(network: nn.Module, path: Path, channels: int, size: int, tolerance: float) -> float:
+    """Write a program of torch.export with a dynamic batch, and compare it with torch at several batch sizes.
+
+    Returns:
+        The largest absolute difference seen.
+
+    Raises:
+        UserError: Outputs differ by more than the tolerance.
+    """
+    temporary = path.with_name(f".{path.name}.tmp.pt2")
+    example = _example(2, channels, size)
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=_dynamic_batch()), temporary)
+    program = torch.export.load(temporary).module()
+    return _checked(network, program, temporary, path, (channels, size), tolerance)
+
+
+def _checked(
+    network: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    temporary: Path,
+    path: Path,
+    input_shape: tuple[int, int],
+    tolerance: float,
+) -> float:
+    """Give a file its name if it computes what the network does, and return the largest difference."""
     largest = 0.0
     for batch in CHECKED_BATCHES:
-        images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+        images = _example(batch, *input_shape)
         with torch.inference_mode():
-            expected: Tensor = network(images)
-        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+            expected, found = network(images), run(images)
         difference = (found - expected).abs().max().item()
-        if difference > tolerance * max(1.0, expected.abs().max().item()):
-            path.unlink()
-            raise UserError(f"ONNX and torch differ by {difference:.2e} at batch {batch} (tolerance {tolerance:.0e})")
+        if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+            temporary.unlink()
+            raise UserError(
+                f"{path.name} and torch differ by {difference:.2e} at batch {batch} (tolerance {tolerance:.0e})"
+            )
         largest = max(largest, difference)
+    os.replace(temporary, path)
     return largest
+
+
+def _example(batch: int, channels: int, size: int) -> Tensor:
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def _dynamic_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)

@@ -68,21 +68,21 @@ class AppTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         output: str | None = None,
-        formats: list[Literal["onnx", "safetensors"]] | None = None,
+        formats: list[Literal["onnx", "safetensors", "pt2"]] | None = None,
         opset: int = 18,
         tolerance: float = 1e-4,
         weights_only: bool | None = None,
     ) -> dict[str, Path]:
-        """Write the deployable network as ONNX, checked against torch, and as safetensors.
+        """Write the deployable network as ONNX or a torch.export program, checked against torch, and as safetensors.
 
         Args:
             model: A module with `deployable_network()`.
             datamodule: Not used: what the data said of itself is in the checkpoint.
             ckpt_path: Checkpoint with the weights.
             output: Folder to write to; by default `export/` of the run.
-            formats: What to write; by default both.
+            formats: What to write: `onnx`, `safetensors`, `pt2` (torch.export); by default the first two.
             opset: ONNX operator set.
-            tolerance: Largest allowed difference between ONNX and torch outputs, relative to the largest output.
+            tolerance: Largest allowed difference between written and original outputs, relative to the largest output.
             weights_only: False to load a checkpoint that holds more than tensors and plain values.
 
         Returns:
@@ -126,9 +126,14 @@ class AppTrainer(Trainer):
 
         Returns:
             The files.
+
+        Raises:
+            UserError: The module has no features, or no checkpoint was given.
         """
         from callbacks import PredictionWriter
 
+        if not hasattr(model, "extract_features"):
+            raise UserError(f"{type(model).__name__} has no features of whole images to write")
         folder = Path(output or self.default_root_dir)
         writers = [callback for callback in self.callbacks if isinstance(callback, PredictionWriter)]
         self.callbacks = [callback for callback in self.callbacks if callback not in writers]

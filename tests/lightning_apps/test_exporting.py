@@ -38,8 +38,16 @@ def test_onnx_runs_at_any_batch_size_and_safetensors_opens_anywhere(network, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.onnx", "model.safetensors"]
 
 
+def test_program_of_torch_export_runs_at_any_batch_size(network, tmp_path):
+    written = export_network(network, FACTS, tmp_path, formats=["pt2"])
+    images = torch.randn(3, 2, 6, 6)
+    found = torch.export.load(written["pt2"]).module()(images)
+    torch.testing.assert_close(found, network.eval()(images))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
+
+
 def test_a_difference_is_an_error_and_leaves_no_file(network, tmp_path):
-    with pytest.raises(UserError, match=r"ONNX and torch differ by .* at batch 1 \(tolerance -1e\+00\)"):
+    with pytest.raises(UserError, match=r"model.onnx and torch differ by .* at batch 1 \(tolerance -1e\+00\)"):
         export_network(network, FACTS, tmp_path, formats=["onnx"], tolerance=-1.0)
     assert not list(tmp_path.glob("*.onnx*"))
 
