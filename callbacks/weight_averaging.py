@@ -27,8 +27,8 @@ class WarmupWeightAveraging(WeightAveraging):
     After every optimizer step ``average = d * average + (1 - d) * weights`` with ``d = min(decay, (1 + t) / (10 + t))``
     for the t-th step, counted from 0; integer buffers are copied. Validation runs with the averaged weights. A module
     with a method ``evaluation_scores(stage) -> dict[str, Tensor]``, which computes and resets the metrics that its
-    validation steps have updated, is evaluated with the raw weights too; those scores are logged as ``raw/<name>``. A checkpoint
-    holds the averaged weights as ``state_dict`` (``test``, ``predict`` and ``export`` use them) and the raw ones for
+    validation steps have updated, is evaluated with the raw weights too; those scores are logged as ``raw/<name>``.
+    A checkpoint holds the averaged weights as ``state_dict`` (``test``, ``predict`` and ``export`` use them) and the raw ones for
     resuming.
 
     Under DDP all ranks keep the same average of the weights. BatchNorm statistics are each rank's own; for evaluation
