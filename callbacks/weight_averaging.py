@@ -28,8 +28,8 @@ class WarmupWeightAveraging(WeightAveraging):
     for the t-th step, counted from 0; integer buffers are copied. Validation runs with the averaged weights. A module
     with a method ``evaluation_scores(stage) -> dict[str, Tensor]``, which computes and resets the metrics that its
     validation steps have updated, is evaluated with the raw weights too; those scores are logged as ``raw/<name>``.
-    A checkpoint holds the averaged weights as ``state_dict`` (``test``, ``predict`` and ``export`` use them) and the raw ones for
-    resuming.
+    A checkpoint holds the averaged weights as ``state_dict``, which ``test``, ``predict`` and ``export`` use, and the
+    raw ones for resuming.
 
     Under DDP all ranks keep the same average of the weights. BatchNorm statistics are each rank's own; for evaluation
     all ranks use the average of the first rank's, which is what its checkpoint holds.
