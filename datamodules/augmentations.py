@@ -6,17 +6,36 @@ import random
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from datamodules.readers.samples import Subject
+from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD, Subject
+from datamodules.timm_augmentation import TimmAugmentation
 
 if TYPE_CHECKING:
     from albumentations import BasicTransform, Compose
 
-Strength = Literal["pretrain", "finetune", "none"]
+Strength = Literal["pretrain", "finetune", "none", "randaugment", "padded_crop"]
 Key = tuple[int, int, int, int, int]
+
+
+class Recipe(NamedTuple):
+    """Settings of the strengths ``randaugment`` and ``padded_crop``.
+
+    Args:
+        auto_augment: timm's name of a policy.
+        re_prob: How often ``randaugment`` erases a random rectangle.
+        crop_padding: Pixels that ``padded_crop`` adds on each side; None for a tenth of the side.
+        mean: Per channel, of values in [0, 1]; what empty areas are filled with.
+        std: Per channel, of values in [0, 1].
+    """
+
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    re_prob: float = 0.0
+    crop_padding: int | None = None
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
 
 
 class Augmentation(Protocol):
@@ -104,17 +123,46 @@ class SeededPipeline:
         return compose
 
 
-def augmentation(subject: Subject, strength: Strength, image_size: int, whole: bool) -> Augmentation:
+class PaddedCrop:
+    """The view for evaluation, moved: reflected at its borders, and cut out at random.
+
+    Args:
+        image_size: Side length of the result in pixels.
+        whole: See :class:`CentreView`.
+        padding: Pixels added on each side.
+        flip: Flip half of the images.
+    """
+
+    def __init__(self, image_size: int, whole: bool, padding: int, flip: bool) -> None:
+        self.centre = CentreView(image_size, whole)
+        self.shift = SeededPipeline(partial(_padded_crop, image_size, padding, flip))
+
+    def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
+        """Apply the move that belongs to ``key``."""
+        return self.shift(self.centre(image), key)
+
+
+def augmentation(
+    subject: Subject, strength: Strength, image_size: int, whole: bool, recipe: Recipe | None = None
+) -> Augmentation:
     """Return the augmentation of training images.
 
     Args:
-        subject: What the images show.
-        strength: ``pretrain``, ``finetune``, or ``none`` for the view of evaluation.
+        subject: What the images show; digits are never flipped.
+        strength: ``pretrain``, ``finetune``, ``randaugment`` (the recipe of ImageNet), ``padded_crop`` (that of CIFAR,
+            for small images), or ``none`` for the view of evaluation.
         image_size: Side length of the result in pixels.
         whole: See :class:`CentreView`.
+        recipe: See :class:`Recipe`.
     """
+    recipe, flip = recipe or Recipe(), subject != "digits"
     if strength == "none":
         return CentreView(image_size, whole)
+    if strength == "randaugment":
+        return TimmAugmentation(image_size, recipe.auto_augment, recipe.re_prob, recipe.mean, recipe.std, flip)
+    if strength == "padded_crop":
+        padding = round(image_size / 10) if recipe.crop_padding is None else recipe.crop_padding
+        return PaddedCrop(image_size, whole, padding, flip)
     return SeededPipeline(partial(transforms, subject, strength, image_size))
 
 
@@ -157,6 +205,18 @@ def transforms(subject: Subject, strength: Strength, image_size: int) -> "list[B
     if pretrain:
         steps.append(alb.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.5), p=0.1))
     return steps
+
+
+def _padded_crop(image_size: int, padding: int, flip: bool) -> "list[BasicTransform]":
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations as alb
+    import cv2
+
+    steps: list[BasicTransform] = [
+        alb.Pad(padding=padding, border_mode=cv2.BORDER_REFLECT_101),
+        alb.RandomCrop(image_size, image_size),
+    ]
+    return [*steps, alb.HorizontalFlip(p=0.5)] if flip else steps
 
 
 def resize(image: np.ndarray, side: int) -> np.ndarray:

@@ -58,11 +58,13 @@ class FileStore:
     Args:
         paths: The files.
         channels: 1 or 3.
-        shorter_side: Length in pixels of the shorter side after decoding.
+        shorter_side: Length in pixels of the shorter side after decoding; None for the size on disk.
         crop_border: Cut away black borders.
     """
 
-    def __init__(self, paths: Sequence[str], channels: int, shorter_side: int, crop_border: bool = False) -> None:
+    def __init__(
+        self, paths: Sequence[str], channels: int, shorter_side: int | None, crop_border: bool = False
+    ) -> None:
         self.paths = list(paths)
         self.channels, self.shorter_side, self.crop_border = channels, shorter_side, crop_border
 

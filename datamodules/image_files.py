@@ -66,7 +66,7 @@ def missing_images(folder: Path, missing: Sequence[str], total: int, table: str)
     )
 
 
-def read_image(path: str | Path, channels: int, shorter_side: int, crop_border: bool = False) -> np.ndarray:
+def read_image(path: str | Path, channels: int, shorter_side: int | None, crop_border: bool = False) -> np.ndarray:
     """Decode a file and resize it so that its shorter side has the given length.
 
     JPEG files are decoded at a reduced scale where that is enough, which is several times faster for large pictures.
@@ -75,7 +75,7 @@ def read_image(path: str | Path, channels: int, shorter_side: int, crop_border: 
     Args:
         path: The file.
         channels: 1 for grey, 3 for RGB; the file is converted.
-        shorter_side: Length in pixels of the shorter side.
+        shorter_side: Length in pixels of the shorter side; None for the size on disk.
         crop_border: Cut away black borders first, as around a fundus photograph.
 
     Returns:
@@ -89,7 +89,7 @@ def read_image(path: str | Path, channels: int, shorter_side: int, crop_border: 
     mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(path) as opened:
-            if not crop_border:
+            if not crop_border and shorter_side is not None:
                 opened.draft(mode, _scaled(opened.size, shorter_side))
             image = _to_mode(opened, mode)
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def read_image(path: str | Path, channels: int, shorter_side: int, crop_border: 
         ) from error
     if crop_border:
         image = _without_border(image)
-    size = _scaled(image.size, shorter_side)
+    size = image.size if shorter_side is None else _scaled(image.size, shorter_side)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     pixels = np.asarray(image)

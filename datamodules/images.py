@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.augmentations import Augmentation, CentreView, augmentation
+from datamodules.augmentations import Augmentation, CentreView, Recipe, Strength, augmentation
 from datamodules.image_dataset import (
     BatchBuilder,
     FileStore,
@@ -49,8 +49,15 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: Images per evaluation step and process; None for ``batch_size``.
         num_workers: Loading processes; None chooses 0 for small sets in memory, otherwise at most 2 per process.
         seed: Seed of order and augmentation; None for that of `seed_everything`, or 0.
-        augment: Strength of the data set's own pipeline. ``pretrain`` trains on all images and needs no labels;
-            ``finetune`` and ``none`` train on the labelled subset.
+        augment: How training images are varied. ``pretrain`` and ``finetune`` are the data set's own pipeline,
+            ``randaugment`` is the recipe of ImageNet (timm's random crop, flip and RandAugment; no colour jitter),
+            ``padded_crop`` that of small images (reflected borders, random crop, flip). ``pretrain`` trains on all
+            images and needs no labels, the others on the labelled subset.
+        auto_augment: Policy of ``randaugment`` in timm's notation.
+        re_prob: How often ``randaugment`` erases a random rectangle.
+        crop_padding: Pixels that ``padded_crop`` reflects on each side; None for a tenth of the side.
+        crop_ratio: Share of the shorter side that evaluation keeps of a file: 0.875 resizes it to 256 pixels for 224, 1
+            takes images that come in their final size as they are; None for the data set's own.
         views: Augmented views per training image: 2 only with ``pretrain``.
         label_fraction: Share of each class whose labels may be used, in (0, 1].
         labels_per_class: Number of labels per class instead of a share.
@@ -88,7 +95,11 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         seed: int | None = None,
-        augment: Literal["pretrain", "finetune", "none"] = "finetune",
+        augment: Strength = "finetune",
+        auto_augment: str = "rand-m9-mstd0.5-inc1",
+        re_prob: float = 0.0,
+        crop_padding: int | None = None,
+        crop_ratio: float | None = None,
         views: int = 1,
         label_fraction: float = 1.0,
         labels_per_class: int | None = None,
@@ -204,7 +215,7 @@ class ImageDataModule(LightningDataModule):
         if pretrain:
             labels = np.where(np.isin(np.arange(len(labels)), chosen), labels, -1)
         return ImageDataset(
-            self._store("train"),
+            self._training_store(),
             labels,
             None if pretrain else chosen,
             self._training_view(),
@@ -348,10 +359,8 @@ class ImageDataModule(LightningDataModule):
         return MemoryStore(_luminance(samples.pixels))
 
     def _files(self, part: str, samples: Samples) -> ImageStore:
-        shorter_side = round(self.image_size / self.reader.facts.crop_ratio)
-        chosen = self.hparams.crop_border
-        crop_border = self.reader.facts.crop_border if chosen is None else chosen
-        store = FileStore(samples.paths.tolist(), self.in_channels, shorter_side, crop_border)
+        shorter_side = round(self.image_size / (self.hparams.crop_ratio or self.reader.facts.crop_ratio))
+        store = FileStore(samples.paths.tolist(), self.in_channels, shorter_side, self._crops_border)
         if conversion := store.conversion():
             self._warn_once(conversion, topic="conversion")
         keep, skip = self._keeps(part, len(store), shorter_side), self.hparams.on_error == "skip"
@@ -364,6 +373,23 @@ class ImageDataModule(LightningDataModule):
             samples = self._replace(part, samples.take(readable))
         return kept or FileStore(samples.paths.tolist(), store.channels, shorter_side, store.crop_border)
 
+    @property
+    def _crops_border(self) -> bool:
+        chosen = self.hparams.crop_border
+        return self.reader.facts.crop_border if chosen is None else chosen
+
+    def _training_store(self) -> ImageStore:
+        """Images to augment; RandAugment's recipe cuts small parts out of files at their full size."""
+        store = self._store("train")
+        paths = self._part("train").paths
+        if self.hparams.augment != "randaugment" or paths is None:
+            return store
+        if "originals" not in self._stores:
+            files = FileStore(paths.tolist(), self.in_channels, None, self._crops_border)
+            in_memory = self.hparams.cache == "ram"
+            self._stores["originals"] = files.read_all(keep=True, skip_unreadable=False)[0] if in_memory else files
+        return self._stores["originals"]
+
     def _replace(self, part: str, samples: Samples) -> Samples:
         if not len(samples):
             raise ValueError(f"split '{part}': none of its images can be read")
@@ -375,6 +401,8 @@ class ImageDataModule(LightningDataModule):
 
     def _keeps(self, part: str, count: int, side: int) -> bool:
         """Whether to hold a part in memory; by itself only if it is read again and again, and small."""
+        if part == "train" and self.hparams.augment == "randaugment":
+            return False  # training reads the files at their full size
         if self.hparams.cache != "auto":
             return self.hparams.cache == "ram"
         return part in ("train", "val") and count * side * side * self.in_channels * 4 // 3 <= CACHE_LIMIT
@@ -385,8 +413,9 @@ class ImageDataModule(LightningDataModule):
             rank_zero_warn(text)
 
     def _training_view(self) -> Augmentation:
-        facts = self.reader.facts
-        return augmentation(facts.subject, self.hparams.augment, self.image_size, whole=facts.in_memory)
+        facts, options = self.reader.facts, self.hparams
+        recipe = Recipe(options.auto_augment, options.re_prob, options.crop_padding, self.mean, self.std)
+        return augmentation(facts.subject, options.augment, self.image_size, facts.in_memory, recipe)
 
     # Loaders
 
@@ -451,7 +480,7 @@ class ImageDataModule(LightningDataModule):
 def _check_values(options: Any) -> None:
     """Refuse values outside their range before anything is read."""
     at_least = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
-    at_least |= {"labels_per_class": 1, "label_seed": 0, "split_seed": 0}
+    at_least |= {"labels_per_class": 1, "label_seed": 0, "split_seed": 0, "crop_padding": 0}
     for name, least in at_least.items():
         if options[name] is not None and options[name] < least:
             raise ValueError(f"{name} is {options[name]}, expected {least} or more")
@@ -468,6 +497,10 @@ def _check_values(options: Any) -> None:
         raise ValueError(f"views is {options.views}, expected 1 or 2")
     if options.views == 2 and options.augment != "pretrain":
         raise ValueError(f"views is 2 with augment '{options.augment}'; two views need --data.augment pretrain")
+    if not 0 <= options.re_prob <= 1:
+        raise ValueError(f"re_prob is {options.re_prob}, expected a probability in [0, 1]")
+    if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
+        raise ValueError(f"crop_ratio is {options.crop_ratio}, expected a share in (0, 1], such as 0.875")
     if options.std is not None and min(options.std) <= 0:
         raise ValueError(f"std is {options.std}, expected values above 0")
 

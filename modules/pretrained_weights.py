@@ -1,4 +1,4 @@
-"""Weights from files into image networks: checkpoints of this suite, timm state dictionaries, safetensors."""
+"""Weights from files into image networks: checkpoints of this suite, released files of others, safetensors."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 Which = Literal["online", "target"]
 
-WRAPPERS = ("state_dict", "model", "model_state_dict")
+WRAPPERS = ("state_dict", "net_E", "net", "model", "model_state_dict")
+"""Keys under which files hold their weights; EMO's training checkpoints have averaged ones (net_E) and raw ones."""
+
 PREFIXES = ("encoder.", "network.", "backbone.", "model.", "module.", "")
 SHOWN = 5
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PART_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SPLIT_TABLE = "split.csv"
 SPLIT_COLUMNS = ("path", "class", "label", "split")
+SHOWN = 5
 
 
 class FolderReader:
@@ -70,8 +71,10 @@ class FolderReader:
             parts: dict[str, list[Samples]] = {}
             for folder, part in self._part_folders.items():
                 parts.setdefault(part, []).append(self._read_classes(self.root / folder))
-            return self._without_empty_class({part: Samples.concatenate(found) for part, found in parts.items()})
-        return self._without_empty_class({"all": self._read_classes(self.root)})
+            whole = {part: Samples.concatenate(found) for part, found in parts.items()}
+            self._tell_missing_classes(whole)
+            return whole
+        return {"all": self._read_classes(self.root)}
 
     def predictions(self, ids: Sequence[str], probabilities: np.ndarray) -> "DataFrame":
         """Return ``path`` and one column per class."""
@@ -89,6 +92,12 @@ class FolderReader:
             return {}
         with_classes = {name: part for name, part in named.items() if list_folders(self.root / name)}
         left_out = sorted(set(named) - set(with_classes))
+        flat = [name for name in left_out if named[name] == "val" and list_images(self.root / name)]
+        if with_classes and flat:
+            raise ValueError(
+                f"{self.root / flat[0]}: images without class folders, so their labels are unknown; sort them into "
+                f"{flat[0]}/<class>/, list all files in {SPLIT_TABLE} ({','.join(SPLIT_COLUMNS)}), or move it away"
+            )
         if with_classes and left_out:
             rank_zero_warn(
                 f"{self.root}: no class folders in {', '.join(left_out)}, left out; "
@@ -149,10 +158,16 @@ class FolderReader:
     def _read_classes(self, parent: Path) -> Samples:
         """Read the classes below ``parent``, or the images in it if there is no class at all."""
         names = self.facts.class_names
-        labelled = [(file, names.index(folder.name)) for folder in list_folders(parent) for file in list_images(folder)]
+        by_class = {names.index(folder.name): list_images(folder) for folder in list_folders(parent)}
+        labelled = [(file, label) for label, files in by_class.items() for file in files]
         found = labelled or [(file, -1) for file in self._loose_images()]
         if not found:
             raise self._nothing_found()
+        empty = [names[label] for label, files in by_class.items() if not files]
+        if empty:
+            raise FileNotFoundError(
+                f"{parent}: no image in class folder(s) {', '.join(empty)}; fill or remove the folder(s)"
+            )
         files = [file for file, _ in found]
         return Samples(
             ids=np.array([file.relative_to(self.root).as_posix() for file in files]),
@@ -160,14 +175,16 @@ class FolderReader:
             paths=np.array([str(file) for file in files]),
         )
 
-    def _without_empty_class(self, parts: dict[str, Samples]) -> dict[str, Samples]:
-        seen = {label for samples in parts.values() for label in samples.labels.tolist()}
-        empty = [name for label, name in enumerate(self.facts.class_names) if label not in seen]
-        if empty:
-            raise FileNotFoundError(
-                f"{self.root}: no image in class folder(s) {', '.join(empty)}; fill or remove the folder(s)"
-            )
-        return parts
+    def _tell_missing_classes(self, parts: dict[str, Samples]) -> None:
+        """Say which classes of the training part another part lacks."""
+        names = self.facts.class_names
+        for part in sorted(parts.keys() - {"train"}) if "train" in parts else ():
+            missing = sorted(set(parts["train"].labels) - set(parts[part].labels))
+            if missing:
+                rank_zero_warn(
+                    f"{self.root}: part '{part}' lacks {len(missing)} of {len(names)} classes, "
+                    f"{_some([names[label] for label in missing])}; its results say nothing about them"
+                )
 
     def _nothing_found(self) -> FileNotFoundError:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
@@ -175,3 +192,7 @@ class FolderReader:
             f"{self.root}: no image found; expected <class>/*, {{train,val,test}}/<class>/* or images without classes, "
             f"with suffix {suffixes}"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,6 +1,7 @@
 """Image classification with any timm model: from scratch, fine-tuned, or a linear layer on frozen features."""
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from torchmetrics import MeanMetric
 
 from modules.auxiliary import AuxiliaryObjectives
 from modules.classification.class_weights import ClassWeight, class_weights, count_classes
-from modules.classification.metrics import METRIC_NAMES, classification_metrics
+from modules.classification.metrics import classification_metrics, metric_names
+from modules.classification.mixing import BatchMixing, check_mixing
 from modules.encoders import SMALL_VIT, SMALL_VIT_OPTIONS, PosEmbed, create_network, fix_sincos_positions
 from modules.optimization import (
+    CosineEnds,
     OptimizerName,
     ScheduleName,
     build_optimizer,
+    check_cosine_ends,
     check_optimization,
     layer_decay_groups,
     parameter_groups,
@@ -40,8 +44,8 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         class_names: for messages; indices otherwise.
         image_size: side of the input in pixels.
         in_channels: channels of the input.
-        main_metric: which metric is logged as ``val/main`` too: acc, balanced_acc, kappa, macro_f1, macro_precision or
-            auroc.
+        main_metric: which metric is logged as ``val/main`` too: acc, balanced_acc, kappa, macro_f1, macro_precision,
+            auroc, or with more than 5 classes top5.
         init_from: file with weights: a checkpoint of this suite, a timm state dictionary, or safetensors. Read when a
             new training run starts; the classifier is not taken from it.
         which: branch of a checkpoint with two networks: ``online`` or ``target``.
@@ -50,7 +54,11 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         dropout: before the classifier.
         drop_path: stochastic depth of the last block, rising linearly from 0.
         label_smoothing: in [0, 1).
-        class_weight: ``none``, ``inverse`` or ``effective`` weights in the training loss.
+        mixup_alpha: of the Beta distribution of Mixup's share; 0 for no Mixup.
+        cutmix_alpha: of the Beta distribution of CutMix' share; 0 for no CutMix.
+        mixup_prob: how often a batch is mixed.
+        switch_prob: with both, how often it is CutMix.
+        class_weight: ``none``, ``inverse`` or ``effective`` weights in the training loss; not together with mixing.
         layer_decay: factor of the learning rate per layer from the classifier down; 1 for none.
         optimizer: ``adamw``, ``sgd`` or ``lars``.
         lr: peak learning rate.
@@ -59,8 +67,12 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         beta1: of AdamW.
         beta2: of AdamW.
         momentum: of SGD and LARS.
-        schedule: after the warm-up, ``cosine`` to zero or ``constant``.
+        schedule: after the warm-up, ``cosine`` to zero or ``constant``; or ``timm_cosine``, which counts from the start
+            of the warm-up, so that the rate drops at its end.
         warmup_epochs: linear warm-up; null for a tenth of the run, at most 40 epochs.
+        lr_min: of ``timm_cosine``, at the end; scaled like ``lr``.
+        warmup_lr: of ``timm_cosine``, at the first step; scaled like ``lr``.
+        lr_noise: of ``timm_cosine``: start and end, as shares of the run, of random learning rates; null for none.
 
     Raises:
         ValueError: for a value outside its range.
@@ -82,6 +94,10 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         dropout: float = 0.0,
         drop_path: float = 0.1,
         label_smoothing: float = 0.1,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        mixup_prob: float = 1.0,
+        switch_prob: float = 0.5,
         class_weight: ClassWeight = "none",
         layer_decay: float = 0.75,
         optimizer: OptimizerName = "adamw",
@@ -93,6 +109,9 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         momentum: float = 0.9,
         schedule: ScheduleName = "cosine",
         warmup_epochs: float | None = 5,
+        lr_min: float = 0.0,
+        warmup_lr: float = 0.0,
+        lr_noise: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -104,6 +123,7 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         self.standardise: nn.Module | None = None
         if freeze:
             self._freeze()
+        self.mixing = self._build_mixing()
         self.register_buffer("class_weights", torch.ones(num_classes))
         self.val_metrics = classification_metrics(num_classes, "val/", class_names)
         self.test_metrics = classification_metrics(num_classes, "test/", class_names)
@@ -170,7 +190,9 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
             self.class_weights.copy_(class_weights(counts, self.hparams.class_weight))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Cross-entropy with label smoothing and class weights.
+        """Cross-entropy with label smoothing and class weights, or with the targets of mixed images.
+
+        ``train/acc`` counts the label that has the larger share of a mixed image.
 
         Raises:
             ValueError: for a batch of 1 with ``freeze``.
@@ -180,18 +202,29 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
                 "a training batch holds 1 image, but features are standardised over a batch of at least 2 per device: "
                 "raise data.batch_size above 1, or set data.drop_last: true if that is the rest of an epoch"
             )
-        logits = self(batch.images).float()
-        loss = functional.cross_entropy(
-            logits,
-            batch.labels,
-            weight=self.class_weights,
-            label_smoothing=self.hparams.label_smoothing,
-            ignore_index=-1,
-        )
-        accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
+        images, targets = self._mix(batch, batch_idx)
+        logits = _full_precision(self(images))
+        loss = self._training_loss(logits, targets)
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
         self.log_epoch({"train/loss": loss, "train/acc": accuracy}, batch_size=len(logits))
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
         return {"loss": loss}
+
+    def _mix(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Images and labels (B,), or with mixing other images and targets (B, C)."""
+        if self.mixing is None:
+            return batch.images, batch.labels
+        seed = int(os.environ.get("PL_GLOBAL_SEED") or 0)
+        return self.mixing(batch.images, batch.labels, (seed, self.global_rank, self.global_step, batch_idx))
+
+    def _training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim == 2:
+            return functional.cross_entropy(logits, targets.to(logits.dtype))
+        smoothing = self.hparams.label_smoothing
+        return functional.cross_entropy(
+            logits, targets, weight=self.class_weights, label_smoothing=smoothing, ignore_index=-1
+        )
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics with labelled images; return all probabilities."""
@@ -203,10 +236,10 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities (B, C) and index."""
-        return {"index": batch.index, "probabilities": self(batch.images).float().softmax(1)}
+        return {"index": batch.index, "probabilities": _full_precision(self(batch.images)).softmax(1)}
 
     def _evaluate(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        logits = self(batch.images).float()
+        logits = _full_precision(self(batch.images))
         probabilities = logits.softmax(1)
         labelled = batch.labels >= 0
         if labelled.any():
@@ -258,9 +291,14 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
             groups += parameter_groups(self.auxiliary.named_parameters(), settings.weight_decay)
         else:
             groups = parameter_groups(self.named_parameters(), settings.weight_decay)
+        ends = CosineEnds(
+            scaled_lr(self.trainer, settings.lr_min, settings.lr_reference_batch),
+            scaled_lr(self.trainer, settings.warmup_lr, settings.lr_reference_batch),
+            settings.lr_noise,
+        )
         betas = (settings.beta1, settings.beta2)
         optimizer = build_optimizer(groups, settings.optimizer, lr, betas=betas, momentum=settings.momentum)
-        return with_schedule(self, optimizer, settings.schedule, settings.warmup_epochs)
+        return with_schedule(self, optimizer, settings.schedule, settings.warmup_epochs, ends)
 
     def _classifier(self) -> nn.Module:
         return self.network.get_classifier()
@@ -277,9 +315,21 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         # The statistics of frozen features stand still, so all batches count alike and no initial value has a share.
         self.standardise = nn.BatchNorm1d(classifier.in_features, affine=False, momentum=None)
 
+    def _build_mixing(self) -> BatchMixing | None:
+        settings = self.hparams
+        alphas = (settings.mixup_alpha, settings.cutmix_alpha)
+        if not any(alphas):
+            return None
+        shares = (settings.mixup_prob, settings.switch_prob)
+        return BatchMixing(settings.num_classes, *alphas, *shares, settings.label_smoothing)
+
     def _check_settings(self) -> None:
         settings = self.hparams
         check_optimization(settings.lr, settings.weight_decay, settings.warmup_epochs, settings.lr_reference_batch)
+        ends = CosineEnds(settings.lr_min, settings.warmup_lr, settings.lr_noise)
+        check_cosine_ends(settings.schedule, settings.lr, ends)
+        shares = (settings.mixup_prob, settings.switch_prob)
+        check_mixing(settings.mixup_alpha, settings.cutmix_alpha, *shares, settings.class_weight)
         for field in ("dropout", "drop_path", "label_smoothing"):
             if not 0 <= settings[field] < 1:
                 raise ValueError(f"{field}: {settings[field]} is outside [0, 1)")
@@ -287,11 +337,17 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
             raise ValueError(f"layer_decay: {settings.layer_decay} is outside (0, 1]")
         if settings.num_classes < 2:
             raise ValueError(f"num_classes: {settings.num_classes} is below 2; classification needs labelled classes")
-        if settings.main_metric not in METRIC_NAMES:
-            raise ValueError(f"main_metric: {settings.main_metric!r} is unknown; expected {', '.join(METRIC_NAMES)}")
+        known = metric_names(settings.num_classes)
+        if settings.main_metric not in known:
+            raise ValueError(f"main_metric: {settings.main_metric!r} is unknown; expected {', '.join(known)}")
         names = settings.class_names
         if names is not None and len(names) != settings.num_classes:
             raise ValueError(f"class_names: {len(names)} names for {settings.num_classes} classes")
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    """Logits in at least 32 bits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -18,6 +18,12 @@ from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities.data import dim_zero_cat
 
 METRIC_NAMES = ("acc", "balanced_acc", "kappa", "macro_f1", "macro_precision", "auroc")
+TOP = 5
+
+
+def metric_names(num_classes: int) -> tuple[str, ...]:
+    """Names of the metrics; ``top5`` only where it is not always 1."""
+    return (*METRIC_NAMES, "top5") if num_classes > TOP else METRIC_NAMES
 
 
 class BalancedAccuracy(MulticlassConfusionMatrix):
@@ -82,7 +88,9 @@ class PresentClassAUROC(MulticlassAUROC):
 
 
 def classification_metrics(num_classes: int, prefix: str, class_names: list[str] | None = None) -> MetricCollection:
-    """All metrics by name: acc, balanced_acc, kappa (quadratic), macro_f1, macro_precision, auroc.
+    """All metrics by name: acc, balanced_acc, kappa (quadratic), macro_f1, macro_precision, auroc, top5.
+
+    ``top5`` counts an image whose label is among the five most probable classes; it needs more than five.
 
     Args:
         num_classes: C.
@@ -93,14 +101,14 @@ def classification_metrics(num_classes: int, prefix: str, class_names: list[str]
         A collection to be updated with probabilities (B, C) and labels (B,).
     """
     quick = {"validate_args": False}
-    return MetricCollection(
-        {
-            "acc": MulticlassAccuracy(num_classes, average="micro", **quick),
-            "balanced_acc": BalancedAccuracy(num_classes, **quick),
-            "kappa": QuadraticKappa(num_classes, **quick),
-            "macro_f1": MulticlassF1Score(num_classes, average="macro", **quick),
-            "macro_precision": MulticlassPrecision(num_classes, average="macro", **quick),
-            "auroc": PresentClassAUROC(num_classes, class_names, **quick),
-        },
-        prefix=prefix,
-    )
+    metrics = {
+        "acc": MulticlassAccuracy(num_classes, average="micro", **quick),
+        "balanced_acc": BalancedAccuracy(num_classes, **quick),
+        "kappa": QuadraticKappa(num_classes, **quick),
+        "macro_f1": MulticlassF1Score(num_classes, average="macro", **quick),
+        "macro_precision": MulticlassPrecision(num_classes, average="macro", **quick),
+        "auroc": PresentClassAUROC(num_classes, class_names, **quick),
+    }
+    if "top5" in metric_names(num_classes):
+        metrics["top5"] = MulticlassAccuracy(num_classes, top_k=TOP, average="micro", **quick)
+    return MetricCollection(metrics, prefix=prefix)

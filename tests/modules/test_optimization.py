@@ -7,11 +7,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from modules.optimization import (
+    CosineEnds,
     build_optimizer,
+    check_cosine_ends,
     check_optimization,
     layer_decay_groups,
     parameter_groups,
     scaled_lr,
+    timm_cosine,
     warmup_constant,
     warmup_cosine,
     with_schedule,
@@ -20,31 +23,35 @@ from tests.modules.toy_images import quiet_trainer
 
 
 class Regression(LightningModule):
-    def __init__(self, schedule="cosine", warmup_epochs=None, reference=None):
+    def __init__(self, schedule="cosine", warmup_epochs=None, reference=None, ends=None):
         super().__init__()
         self.layer = nn.Linear(2, 1)
-        self.schedule, self.warmup_epochs, self.reference = schedule, warmup_epochs, reference
+        self.schedule, self.warmup_epochs, self.reference, self.ends = schedule, warmup_epochs, reference, ends
 
     def training_step(self, batch, batch_idx):
         return self.layer(batch[0]).square().mean()
 
     def configure_optimizers(self):
         lr = scaled_lr(self.trainer, 0.1, self.reference)
-        return with_schedule(self, torch.optim.SGD(self.parameters(), lr=lr), self.schedule, self.warmup_epochs)
+        groups = [{"params": [self.layer.weight]}, {"params": [self.layer.bias], "lr": lr / 4}]
+        return with_schedule(self, torch.optim.SGD(groups, lr=lr), self.schedule, self.warmup_epochs, self.ends)
 
 
 class RatesUsed(Callback):
-    def __init__(self):
-        self.rates = []
+    def __init__(self, group=0):
+        self.group, self.rates = group, []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.rates.append(optimizer.param_groups[self.group]["lr"])
+
+
+def loader(samples=24, batch_size=2):
+    return DataLoader(TensorDataset(torch.randn(samples, 2)), batch_size=batch_size)
 
 
 def rates_of(module, samples=24, batch_size=2, **kwargs):
     rates = RatesUsed()
-    data = DataLoader(TensorDataset(torch.randn(samples, 2)), batch_size=batch_size)
-    quiet_trainer(callbacks=[rates], **kwargs).fit(module, data)
+    quiet_trainer(callbacks=[rates], **kwargs).fit(module, loader(samples, batch_size))
     return rates.rates
 
 
@@ -81,6 +88,102 @@ def test_max_steps_ends_the_cosine():
 def test_warmup_is_at_most_forty_epochs():
     used = rates_of(Regression(), samples=2, max_epochs=600)
     assert used.index(max(used)) in (39, 40)
+
+
+# The recipe of EMO: 300 epochs of 625 steps, 20 of them warm-up.
+TOTAL, WARMUP, PEAK = 187_500, 12_500, 6e-3
+ENDS = CosineEnds(lr_min=1e-6, warmup_lr=1e-6)
+STEPS = [*range(0, TOTAL, 2_500), *range(12_490, 12_510), *range(78_740, 78_760), *range(168_740, 168_760), TOTAL - 1]
+
+
+def closed_form(step, peak):
+    if step < WARMUP:
+        return 1e-6 + step * (peak - 1e-6) / WARMUP
+    return 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * step / TOTAL))
+
+
+def test_timm_cosine_is_its_closed_form():
+    rates = timm_cosine([PEAK, PEAK / 4], WARMUP, TOTAL, ENDS)
+    for step in STEPS:
+        assert rates(step) == pytest.approx([closed_form(step, PEAK), closed_form(step, PEAK / 4)], rel=1e-12)
+    assert [round(rates(step)[0], 6) for step in (0, 12_499, 12_500)] == [1e-6, 6e-3, 5.934e-3]
+    assert rates(TOTAL) == [1e-6, 1e-6]
+
+
+@pytest.mark.parametrize("noise", [None, [0.42, 0.9]])
+def test_timm_cosine_is_what_timm_writes_into_an_optimizer(noise):
+    from timm.scheduler import CosineLRScheduler
+
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": PEAK}, {"params": [torch.ones(1)], "lr": 1e-3}])
+    noise_t = noise and [78_750, 168_750]
+    reference = CosineLRScheduler(
+        optimizer, TOTAL, 1e-6, cycle_limit=1, warmup_t=WARMUP, warmup_lr_init=1e-6, t_in_epochs=False,
+        noise_range_t=noise_t, noise_pct=0.67, noise_std=1.0, noise_seed=42,
+    )  # fmt: skip
+    rates = timm_cosine([PEAK, 1e-3], WARMUP, TOTAL, ENDS._replace(lr_noise=noise))
+    for step in STEPS:
+        reference.step_update(step)
+        assert rates(step) == [group["lr"] for group in optimizer.param_groups]
+    noisy = [step for step in STEPS if abs(rates(step)[0] / closed_form(step, PEAK) - 1) > 1e-9]
+    assert noisy == ([step for step in STEPS if 78_750 <= step < 168_750] if noise else [])
+
+
+def test_noise_is_the_normal_number_of_its_step():
+    rates = timm_cosine([PEAK], WARMUP, TOTAL, ENDS._replace(lr_noise=[0.42, 0.9]))
+    for step in range(100_000, 100_040):
+        generator, noise = torch.Generator().manual_seed(42 + step), 1.0
+        while abs(noise) >= 0.67:
+            noise = torch.randn(1, generator=generator).item()
+        assert rates(step)[0] == pytest.approx(closed_form(step, PEAK) * (1 + noise), rel=1e-12)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_run_uses_the_rates_of_timm_cosine_also_when_resumed(tmp_path, group):
+    ends = CosineEnds(0.001, 0.002, [0.3, 0.8])
+    expected = timm_cosine([0.1, 0.025], 12, 48, ends)
+    rates = RatesUsed(group)
+    trainer = quiet_trainer(callbacks=[rates], max_epochs=4)
+    trainer.fit(Regression("timm_cosine", 1, ends=ends), loader())
+    assert rates.rates == pytest.approx([expected(step)[group] for step in range(48)], rel=1e-12)
+    half = quiet_trainer(max_epochs=4, limit_train_batches=12, callbacks=[StopAfter(2)])
+    half.fit(Regression("timm_cosine", 1, ends=ends), loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    again = RatesUsed(group)
+    quiet_trainer(callbacks=[again], max_epochs=4).fit(
+        Regression("timm_cosine", 1, ends=ends), loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    )
+    assert again.rates == rates.rates[24:]
+
+
+class StopAfter(Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 == self.epochs
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ends", "message"),
+    [
+        ("timm_cosine", CosineEnds(lr_min=0.1), r"lr_min: 0.1 is outside \[0, lr\) = \[0, 0.1\)"),
+        ("timm_cosine", CosineEnds(warmup_lr=-1.0), "warmup_lr: -1.0 is outside"),
+        (
+            "timm_cosine",
+            CosineEnds(lr_noise=[0.9, 0.4]),
+            r"lr_noise: \[0.9, 0.4\] is not \[start, end\] with 0 <= start",
+        ),
+        ("timm_cosine", CosineEnds(lr_noise=[0.5]), r"lr_noise: \[0.5\] is not"),
+        (
+            "cosine",
+            CosineEnds(lr_min=0.01),
+            "schedule: 'cosine' has no lr_min, warmup_lr or lr_noise; set schedule: timm",
+        ),
+    ],
+)
+def test_ends_of_the_cosine_that_make_no_sense_are_named(schedule, ends, message):
+    with pytest.raises(ValueError, match=message):
+        check_cosine_ends(schedule, 0.1, ends)
 
 
 def test_a_run_without_end_has_no_cosine():

@@ -164,3 +164,25 @@ def test_a_part_without_class_folders_is_left_out(part_folders):
         found = FolderReader(str(part_folders), "colour").read()
     assert "train" in found
     assert "test" not in found
+
+
+def test_an_empty_class_folder_in_one_part_is_named(part_folders):
+    (part_folders / "val" / "bird").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"pictures/val: no image in class folder\(s\) bird; fill or remove"):
+        FolderReader(str(part_folders), "photographs").read()
+
+
+def test_a_class_that_validation_lacks_is_told(part_folders):
+    shutil.rmtree(part_folders / "val" / "dog")
+    with pytest.warns(UserWarning, match=r"part 'val' lacks 1 of 2 classes, dog; its results say nothing about them"):
+        parts = FolderReader(str(part_folders), "photographs").read()
+    assert parts["val"].labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_validation_images_without_class_folders_are_refused(part_folders, name):
+    """As the archive of ImageNet's validation images is unpacked."""
+    shutil.rmtree(part_folders / "val")
+    save_image(part_folders / name / "ILSVRC2012_val_00000001.JPEG", seed=99)
+    with pytest.raises(ValueError, match=rf"pictures/{name}: images without class folders, .* sort them into {name}/<cl"):
+        FolderReader(str(part_folders), "photographs")
