@@ -3,11 +3,13 @@ import pytest
 import timm
 import torch
 from sklearn import metrics as reference
+from timm.scheduler import CosineLRScheduler
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from modules.bolt import BOLT
 from modules.classification import ImageClassifier
+from modules.classification.mixing import BatchMixing
 from tests.modules.toy_images import TINY, Batch, batch, batches, loader, quiet_trainer, silence
 
 
@@ -61,6 +63,86 @@ def test_training_loss_by_its_formula():
         expected -= sum(q * w * lp for q, w, lp in zip(smooth, (0.5, 1, 1.5), row.tolist(), strict=True))
         total += (0.5, 1, 1.5)[label]
     assert loss == pytest.approx(expected / total, abs=1e-5)
+
+
+def test_one_step_in_double_precision_by_hand():
+    """Loss, and its gradient's norm from the derivative of the softmax, in NumPy."""
+    module = silence(classifier(encoder="resnet18", encoder_options={}, image_size=32, drop_path=0.0).double())
+    data = batch(size=7, side=32)
+    data = data._replace(views=(data.images.double(),))
+    module.requires_grad_(False)
+    module.network.fc.requires_grad_(True)
+    loss = module.training_step(data, 0)["loss"]
+    loss.backward()
+    gradients = [parameter.grad for parameter in module.network.fc.parameters()]
+    features = module.extract_features(data.images).numpy()
+    weight, bias = (parameter.detach().numpy() for parameter in module.network.fc.parameters())
+    logits = features @ weight.T + bias
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    targets = np.full((7, 3), 0.1 / 3)
+    for row, label in enumerate(data.labels.tolist()):
+        targets[row, label] += 0.9
+    assert loss.item() == pytest.approx(-(targets * np.log(probabilities)).sum() / 7, rel=1e-9)
+    slope = (probabilities - targets) / 7
+    squares = ((slope.T @ features) ** 2).sum() + (slope.sum(0) ** 2).sum()
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    assert norm == pytest.approx(np.sqrt(squares), rel=1e-9)
+
+
+def test_mixed_images_are_compared_with_mixed_targets():
+    module = silence(classifier(label_smoothing=0.1, mixup_alpha=0.8))
+    data = batch(size=7)
+    seen = {}
+    module.mixing = lambda images, labels, position: seen.setdefault(
+        "mixed", BatchMixing(3, 0.8, 0.0)(images, labels, (9,))
+    )
+    loss = module.training_step(data, 0)["loss"].item()
+    images, targets = seen["mixed"]
+    log_p = module(images).log_softmax(1)
+    expected = 0.0
+    for row, target in zip(log_p.tolist(), targets.tolist(), strict=True):
+        expected -= sum(q * lp for q, lp in zip(target, row, strict=True)) / 7
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert not torch.equal(images, data.images)
+
+
+def test_a_resumed_run_mixes_like_the_uninterrupted_one(tmp_path):
+    settings = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "lr": 1e-2, "schedule": "constant"}
+    whole, half = classifier(**settings), classifier(**settings)
+    quiet_trainer(max_epochs=2, limit_val_batches=0).fit(whole, loader(batches(3)))
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(half, loader(batches(3)))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = classifier(**settings)
+    np.random.seed(123)
+    quiet_trainer(max_epochs=2).fit(again, loader(batches(3)), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_mixing_and_class_weights_exclude_each_other():
+    with pytest.raises(ValueError, match="class_weight: 'inverse' weighs images by their class"):
+        classifier(class_weight="inverse", cutmix_alpha=1.0)
+
+
+def test_top5_by_a_loop():
+    module = classifier(num_classes=8, main_metric="top5").eval()
+    data = batches(3, size=7, classes=8)
+    logged = quiet_trainer().validate(module, loader(data), verbose=False)[0]
+    hits = top1 = 0
+    for item in data:
+        for row, label in zip(module(item.images).tolist(), item.labels.tolist(), strict=True):
+            ranking = sorted(range(8), key=lambda c: -row[c])
+            hits, top1 = hits + (label in ranking[:5]), top1 + (label == ranking[0])
+    assert 0 < hits < 21
+    assert logged["val/top5"] == logged["val/main"] == pytest.approx(hits / 21)
+    assert logged["val/acc"] == pytest.approx(top1 / 21)
+
+
+def test_top5_needs_more_than_five_classes():
+    assert "val/top5" not in classifier(num_classes=5).val_metrics.compute()
+    with pytest.raises(ValueError, match="main_metric: 'top5' is unknown; expected acc"):
+        classifier(num_classes=5, main_metric="top5")
 
 
 def test_it_learns_and_reports_its_main_metric():
@@ -127,7 +209,19 @@ def test_online_and_target_differ(pretrained):
     assert not torch.equal(source.online.encoder.cls_token, source.target.encoder.cls_token)
 
 
-@pytest.mark.parametrize("kind", ["pth", "wrapped", "safetensors", "classifier"])
+def released(kind, weights):
+    """What a training code of other people puts around its weights; averaged ones come before raw ones."""
+    other = {key: torch.zeros_like(value) for key, value in weights.items()}
+    return {
+        "pth": weights,
+        "wrapped": {"state_dict": weights, "epoch": 3},
+        "net": {"net": weights, "optimizer": {"state": {}}},
+        "net_E": {"net": other, "net_E": weights, "iter": 7},
+        "parallel": {"net": {f"module.{key}": value for key, value in weights.items()}, "net_E": None},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["pth", "wrapped", "net", "net_E", "parallel", "safetensors", "classifier"])
 def test_other_files_with_weights(tmp_path, kind):
     torch.manual_seed(3)
     source = timm.create_model("vit_tiny_patch16_224", img_size=8, in_chans=1, num_classes=7, **TINY)
@@ -142,7 +236,7 @@ def test_other_files_with_weights(tmp_path, kind):
         trainer.strategy.connect(module)
         trainer.save_checkpoint(path, weights_only=True)
     else:
-        torch.save({"state_dict": source.state_dict()} if kind == "wrapped" else source.state_dict(), path)
+        torch.save(released(kind, source.state_dict()), path)
     module = classifier(init_from=str(path))
     module.load_pretrained()
     assert torch.equal(module.network.patch_embed.proj.weight, source.patch_embed.proj.weight)
@@ -309,6 +403,27 @@ def test_learning_rates_fall_with_depth_and_scale_with_the_batch():
     assert rates == pytest.approx([0.5e-3 * 0.5**k for k in (3, 2, 1, 0)])
 
 
+def test_rates_of_timm_cosine_scale_with_the_batch_in_every_group():
+    module = classifier(
+        layer_decay=0.5, lr=1e-3, lr_min=1e-5, warmup_lr=2e-5, lr_reference_batch=8, schedule="timm_cosine",
+        warmup_epochs=1, lr_noise=[0.5, 1.0],
+    )  # fmt: skip
+    trainer = quiet_trainer(max_epochs=4)
+    trainer.fit(module, DataLoader(Pictures([0, 1, 2] * 4), batch_size=4, collate_fn=collate))
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    peaks = [0.5e-3 * 0.5**k for k in (3, 2, 1, 0)]
+    assert sorted(set(scheduler.base_lrs)) == pytest.approx(peaks)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in scheduler.base_lrs])
+    reference = CosineLRScheduler(
+        optimizer, 12, 0.5e-5, warmup_t=3, warmup_lr_init=1e-5, cycle_limit=1, t_in_epochs=False,
+        noise_range_t=[6, 12], noise_pct=0.67, noise_std=1.0, noise_seed=42,
+    )  # fmt: skip
+    for step in (0, 2, 3, 7, 11, 12):
+        reference.step_update(step)
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        assert rates == pytest.approx([group["lr"] for group in optimizer.param_groups], rel=1e-9)
+
+
 def test_drop_path_and_dropout_reach_the_network():
     module = classifier(drop_path=0.4, dropout=0.3)
     assert module.network.blocks[1].drop_path1.drop_prob == pytest.approx(0.4)
@@ -331,6 +446,15 @@ def test_drop_path_and_dropout_reach_the_network():
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         classifier(**settings)
+
+
+def test_it_trains_in_bfloat16():
+    module = classifier(lr=1e-2, mixup_alpha=0.1)
+    data = DataLoader(Pictures([0, 1, 2] * 16), batch_size=12, collate_fn=collate)
+    trainer = quiet_trainer(max_epochs=10, precision="bf16-mixed", gradient_clip_val=5.0)
+    trainer.fit(module, data, data)
+    assert trainer.callback_metrics["val/acc"] > 0.9
+    assert module.network.head.weight.dtype == torch.float32
 
 
 def test_probabilities_sum_to_one_in_half_precision():

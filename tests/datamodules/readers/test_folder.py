@@ -184,5 +184,5 @@ def test_validation_images_without_class_folders_are_refused(part_folders, name)
     """As the archive of ImageNet's validation images is unpacked."""
     shutil.rmtree(part_folders / "val")
     save_image(part_folders / name / "ILSVRC2012_val_00000001.JPEG", seed=99)
-    with pytest.raises(ValueError, match=rf"pictures/{name}: images without class folders, .* sort them into {name}/<cl"):
+    with pytest.raises(ValueError, match=rf"pictures/{name}: images without class folders, .* into {name}/<class>"):
         FolderReader(str(part_folders), "photographs")
