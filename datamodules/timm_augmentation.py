@@ -20,7 +20,7 @@ class TimmAugmentation:
     """``timm.data.create_transform`` with its randomness bound to the sample's key.
 
     RandomResizedCrop with 8 to 100 % of the area and an interpolation drawn per picture, horizontal flip, then the
-    operations of ``auto_augment``. There is no colour jitter: timm leaves it out beside RandAugment.
+    operations of ``auto_augment``. There is no colour jitter: timm ignores that setting beside RandAugment.
 
     Args:
         image_size: Side length of the result in pixels.
@@ -54,6 +54,7 @@ class TimmAugmentation:
                 auto_augment=auto_augment,
                 interpolation="random",
                 hflip=0.5 if flip else 0.0,
+                color_jitter=None,
                 mean=mean,
                 std=std,
                 re_prob=re_prob,

@@ -103,6 +103,9 @@ def test_hyper_parameters_are_plain_and_load_with_weights_only(tmp_path):
         ({"eval_batch_size": 0}, "eval_batch_size is 0, expected 1 or more"),
         ({"image_size": 0}, "image_size is 0, expected 1 or more"),
         ({"num_workers": -1}, "num_workers is -1, expected 0 or more"),
+        ({"crop_padding": -1}, "crop_padding is -1, expected 0 or more"),
+        ({"crop_ratio": 1.5}, r"crop_ratio is 1.5, expected a share in \(0, 1\]"),
+        ({"re_prob": 2.0}, r"re_prob is 2.0, expected a probability in \[0, 1\]"),
         ({"seed": -1}, "seed is -1, expected 0 or more"),
         ({"labels_per_class": 0}, "labels_per_class is 0, expected 1 or more"),
         ({"label_fraction": 0.0}, r"label_fraction is 0\.0, expected a share in \(0, 1\]"),
@@ -247,6 +250,62 @@ def test_evaluation_images_are_the_pixels_themselves():
     expected = np.stack([samples.pixels[number[name]] for name in data.sample_ids("val")])
     assert np.abs(data.denormalize(images).numpy()[:, 0] - expected[..., 0] / 255).max() < 1e-6
     assert labels.tolist() == [samples.labels[number[name]] for name in data.sample_ids("val")]
+
+
+def test_evaluation_cuts_the_centre_out_of_the_resized_file(tmp_path):
+    """As in the recipe of ImageNet: shorter side 16 / 0.875 = 18, bicubic, then the middle."""
+    for part in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            save_image(tmp_path / part / name / "0.png", seed=number + 10 * (part == "val"), size=(54, 36))
+    data = ImageClassification(layout="folder", root=str(tmp_path), cache="none", **SMALL)
+    image = Image.open(tmp_path / "val" / "cat" / "0.png").resize((27, 18), Image.Resampling.BICUBIC)
+    expected = np.asarray(image)[1:17, 5:21]
+    images = gathered(data.val_dataloader())[0]
+    assert np.array_equal(np.rint(255 * data.denormalize(images)[0].permute(1, 2, 0).numpy()), expected)
+
+
+def test_images_in_their_final_size_are_taken_as_they_are(tmp_path):
+    for part in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            save_image(tmp_path / part / name / "0.png", seed=number + 10 * (part == "val"), size=(16, 16))
+    data = ImageClassification(layout="folder", root=str(tmp_path), crop_ratio=1.0, augment="none", **SMALL)
+    for part, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+        images, labels, _ = gathered(loader)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            expected = np.asarray(Image.open(tmp_path / part / ("cat", "dog")[label] / "0.png"))
+            assert np.array_equal(np.rint(255 * data.denormalize(image[None])[0].permute(1, 2, 0).numpy()), expected)
+
+
+@pytest.mark.parametrize("cache", ["auto", "ram"])
+def test_randaugment_cuts_its_crops_out_of_whole_files(part_folders, cache):
+    data = ImageClassification(layout="folder", root=str(part_folders), augment="randaugment", cache=cache, **SMALL)
+    data.setup("fit")
+    dataset = data.train_dataset()
+    path = data._part("train").paths[3]
+    assert np.array_equal(dataset.store[3], np.asarray(Image.open(path).convert("RGB")))  # 20 x 16, not resized
+    assert isinstance(dataset.store, datamodules.image_dataset.MemoryStore) == (cache == "ram")
+    assert gathered(data.train_dataloader())[0].shape == (12, 3, 16, 16)
+    assert gathered(data.probe_dataloader())[0].shape == (12, 3, 16, 16)
+
+
+def test_the_policy_of_randaugment_is_checked_and_its_colour_is_that_of_the_data(part_folders):
+    options = {"layout": "folder", "root": str(part_folders), "augment": "randaugment", **SMALL}
+    with pytest.raises(ValueError, match="auto_augment is 'rand-m9-x3', which timm does not know"):
+        ImageClassification(auto_augment="rand-m9-x3", **options).train_dataset()
+    augment = (
+        ImageClassification(mean=[0.1, 0.2, 0.3], std=[1.0] * 3, re_prob=0.25, **options).train_dataset().augmentation
+    )
+    assert augment.re_prob == 0.25
+    assert augment.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_padded_crops_keep_the_labelled_subset(part_folders):
+    data = ImageClassification(
+        layout="folder", root=str(part_folders), augment="padded_crop", crop_padding=2, labels_per_class=2, **SMALL
+    )
+    images, labels, _ = gathered(data.train_dataloader())
+    assert images.shape == (4, 3, 16, 16)
+    assert sorted(labels.tolist()) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
