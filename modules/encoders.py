@@ -53,6 +53,8 @@ def require_timm_model(name: str, field: str) -> None:
     """Raise a ValueError that names the field and the nearest names unless timm, or this suite in it, has the model."""
     import timm
 
+    import modules.emo  # noqa: F401  registers its models in timm
+
     if not timm.is_model(name):
         import difflib
 
