@@ -31,11 +31,12 @@ class SegmentationBatch(NamedTuple):
         images: (B, C, h, w) float32, normalised.
         masks: (B, H, W) int64 class indices, 255 where a pixel is not to be learned from or counted. In training the
             size is that of the images; in evaluation it is that of the picture on disk, also where nothing is labelled.
+            Images and masks of an evaluation batch whose pictures differ in size are lists of B tensors instead.
         index: (B,) int64 row of each sample in its split.
     """
 
-    images: Tensor
-    masks: Tensor
+    images: Tensor | list[Tensor]
+    masks: Tensor | list[Tensor]
     index: Tensor
 
 

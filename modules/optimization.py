@@ -224,7 +224,7 @@ def total_steps_of(trainer: Trainer) -> int:
     """
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):
-        raise ValueError("schedule: cosine and poly need an end of training; set trainer.max_epochs or trainer.max_steps")
+        raise ValueError("schedule: cosine needs an end of training; set trainer.max_epochs or trainer.max_steps")
     return int(steps)
 
 
@@ -278,7 +278,8 @@ def with_schedule(
     Args:
         module: attached to a trainer, which knows the length of the run.
         optimizer: its learning rates are the peaks.
-        schedule: after the warm-up, a cosine or a polynomial to zero, or constant; or timm's cosine, see :func:`timm_cosine`.
+        schedule: after the warm-up, a cosine or a polynomial to zero, or constant; or timm's cosine, see
+            :func:`timm_cosine`.
         warmup_epochs: see :func:`warmup_steps_of`.
         ends: of timm's cosine.
     """

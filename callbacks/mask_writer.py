@@ -1,0 +1,96 @@
+"""One picture of class indices per predicted image."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.atomic_files import atomic_bytes
+
+
+class MaskWriter(Callback):
+    """Writes predicted masks as pictures, as soon as a batch is predicted; each process writes those of its own images.
+
+    ``predict_step`` returns a mapping with ``index`` (B,), the row of each sample in its split, and ``masks``, a
+    sequence of B class-index masks (H, W). Two files are written for each: ``<id>.png`` with one value per pixel, and
+    ``<id>_colour.png`` to look at. Ids come from ``sample_ids(None)`` of the datamodule, else they are the index; an id
+    with ``/`` lies in a sub-folder. A datamodule with ``mask_to_file(mask) -> uint8`` says which value stands for a
+    class in the files that its own evaluation reads; otherwise it is the index. Colours are ``palette`` of the
+    datamodule, else of the module: one (red, green, blue) of 0..255 per class. What is complete stays when prediction
+    is interrupted.
+
+    Args:
+        output: folder to write to; None for ``masks`` in the trainer's ``default_root_dir``.
+        colour: write the pictures to look at as well.
+
+    Raises:
+        ValueError: in prediction, for outputs that are no masks, and with ``colour`` if there is no palette.
+
+    Example::
+
+        Trainer(callbacks=[MaskWriter("masks")]).predict(module, datamodule=data, return_predictions=False)
+    """
+
+    def __init__(self, output: str | None = None, colour: bool = True) -> None:
+        self.output = output
+        self.colour = colour
+        self._ids: Sequence[str] | None = None
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Where the files go."""
+        return Path(self.output) if self.output else Path(trainer.default_root_dir) / "masks"
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look up the names."""
+        sample_ids = getattr(getattr(trainer, "datamodule", None), "sample_ids", None)
+        self._ids = sample_ids(None) if sample_ids else None
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the masks of a batch."""
+        if not isinstance(outputs, dict) or not {"index", "masks"} <= outputs.keys():
+            given = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
+            raise ValueError(f"MaskWriter: predict_step returned {given}, expected a dict with 'index' and 'masks'")
+        data = getattr(trainer, "datamodule", None)
+        to_file = getattr(data, "mask_to_file", _as_bytes)
+        palette = self._palette(data, pl_module) if self.colour else None
+        for row, mask in zip(outputs["index"].tolist(), outputs["masks"], strict=True):
+            classes = mask.cpu().numpy()
+            name = self._ids[row] if self._ids is not None else str(row)
+            path = self.folder(trainer) / f"{name}.png"
+            atomic_bytes(path, _png(to_file(classes)))
+            if palette is not None:
+                atomic_bytes(path.with_name(f"{path.stem}_colour.png"), _png(palette[classes]))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the files are."""
+        rank_zero_info(f"Wrote masks to {self.folder(trainer)}")
+
+    def _palette(self, data: Any, pl_module: LightningModule) -> np.ndarray:
+        colours = getattr(data, "palette", None) or getattr(pl_module, "palette", None)
+        if not colours:
+            raise ValueError("MaskWriter: neither the data nor the module has a palette; set colour to false")
+        return np.asarray(colours, dtype=np.uint8)
+
+
+def _as_bytes(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.uint8)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,167 @@
+"""What a reader of pictures with masks returns, and how a mask file becomes class indices."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from datamodules.image_files import UnreadableImageError
+from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD
+
+VOID = 255
+MAX_CLASSES = 255
+
+
+@dataclass(frozen=True)
+class SegmentationFacts:
+    """What is known of a data set without reading a picture.
+
+    Args:
+        class_names: Name of each class index.
+        image_size: Side in pixels of the crops that the data set is usually trained with.
+        palette: Colour (red, green, blue in 0..255) of each class; None for made-up ones.
+        first_value: Value of class 0 in the mask files; the others follow.
+        void_values: Values in the mask files that stand for no class; 255 always does.
+        flip: Whether a mirrored picture shows the same classes.
+        mean: Per channel, of values in [0, 1].
+        std: Per channel, of values in [0, 1].
+    """
+
+    class_names: tuple[str, ...]
+    image_size: int
+    palette: tuple[tuple[int, int, int], ...] | None = None
+    first_value: int = 0
+    void_values: tuple[int, ...] = ()
+    flip: bool = True
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def class_indices(self, values: np.ndarray, source: str) -> np.ndarray:
+        """Translate the values of a mask file.
+
+        Args:
+            values: (H, W) integers as stored.
+            source: The file, for the message.
+
+        Returns:
+            (H, W) uint8 class indices, 255 for void.
+
+        Raises:
+            ValueError: For a value that stands for nothing; names the file, the value and the allowed ones.
+        """
+        last = self.first_value + len(self.class_names) - 1
+        allowed = (values >= self.first_value) & (values <= last)
+        void = np.isin(values, (*self.void_values, VOID)) & ~allowed
+        if not (allowed | void).all():
+            row, column = np.argwhere(~(allowed | void))[0]
+            ignored = ", ".join(str(value) for value in sorted({*self.void_values, VOID}))
+            raise ValueError(
+                f"{source}: pixel (row {row}, column {column}) has the value {values[row, column]}, expected "
+                f"{self.first_value}..{last} for a class or {ignored} for void"
+            )
+        return np.where(void, VOID, values.astype(np.int64) - self.first_value).astype(np.uint8)
+
+    def file_values(self, mask: np.ndarray) -> np.ndarray:
+        """Translate class indices (H, W) back into uint8 values of a mask file; void stays 255."""
+        return np.where(mask == VOID, VOID, mask.astype(np.int64) + self.first_value).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class SegmentationSamples:
+    """Rows of one part of a data set.
+
+    Args:
+        ids: Name of each row, unique within the part.
+        images: A path, or (H, W, 3) uint8, for each row.
+        masks: A path, or (H, W) uint8 values as in a file, for each row; None if nothing is labelled.
+    """
+
+    ids: Sequence[str]
+    images: Sequence[Path | np.ndarray]
+    masks: Sequence[Path | np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "SegmentationSamples":
+        """Return the given rows, in that order."""
+
+        def column(values: Sequence) -> list:
+            return [values[row] for row in rows]
+
+        masks = None if self.masks is None else column(self.masks)
+        return SegmentationSamples(column(self.ids), column(self.images), masks)
+
+
+class SegmentationReader(Protocol):
+    """One layout of pictures with masks."""
+
+    @property
+    def facts(self) -> SegmentationFacts:
+        """Names and numbers; cheap, and the same on every rank."""
+
+    def read(self) -> Mapping[str, SegmentationSamples]:
+        """Return the parts ``train``, ``val``, ``test`` that the data set defines, or one part ``all``."""
+
+
+def paired_masks(images: Sequence[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
+    """Return the mask of each picture: the png file of the same name below another folder.
+
+    Raises:
+        FileNotFoundError: If any is missing; says how many, the first three and the folder.
+    """
+    masks = [mask_folder / image.relative_to(image_folder).with_suffix(".png") for image in images]
+    missing = [str(mask) for mask in masks if not mask.is_file()]
+    if missing:
+        raise missing_masks(mask_folder, missing, len(masks))
+    return masks
+
+
+def missing_masks(folder: Path, missing: Sequence[str], total: int) -> FileNotFoundError:
+    """Build the error for pictures without a mask."""
+    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return FileNotFoundError(
+        f"{len(missing)} of {total} pictures have no mask: {shown} is missing (searched {folder}); add the masks or "
+        "take the pictures away"
+    )
+
+
+def read_picture(picture: Path | np.ndarray) -> np.ndarray:
+    """Decode a picture to (H, W, 3) uint8.
+
+    Raises:
+        UnreadableImageError: If the file cannot be decoded.
+    """
+    if isinstance(picture, np.ndarray):
+        return picture
+    return _decode(picture, "RGB")
+
+
+def read_mask_values(mask: Path | np.ndarray) -> np.ndarray:
+    """Decode a mask to (H, W) integers as stored; a palette picture gives its indices.
+
+    Raises:
+        UnreadableImageError: If the file cannot be decoded.
+        ValueError: If it has colours instead of one value per pixel.
+    """
+    return mask if isinstance(mask, np.ndarray) else _decode(mask, None)
+
+
+def _decode(path: Path, mode: str | None) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            pixels = np.array(opened.convert(mode) if mode else opened)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{path}: cannot be decoded ({error}); replace the file") from error
+    if mode is None and pixels.ndim != 2:
+        raise ValueError(
+            f"{path}: has {pixels.shape[2]} channels, expected one with a class index per pixel; convert colours to "
+            "indices first"
+        )
+    return pixels

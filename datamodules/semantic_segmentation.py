@@ -1,0 +1,348 @@
+"""Pictures with a class for each pixel: ADE20K, CamVid, folders, and a small set that needs no download."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from datamodules.augmentations import SeededPipeline
+from datamodules.image_dataset import quiet_worker, usable_cores
+from datamodules.image_files import list_images
+from datamodules.readers.ade20k import Ade20kReader
+from datamodules.readers.camvid import CamvidReader
+from datamodules.readers.mask_folder import MaskFolderReader
+from datamodules.readers.samples import checked_folder
+from datamodules.readers.segmentation_samples import SegmentationReader, SegmentationSamples
+from datamodules.readers.shapes import ShapesReader
+from datamodules.sampling import EvaluationBatchSampler, TrainBatchSampler
+from datamodules.segmentation_dataset import SegmentationBatchBuilder, SegmentationDataset
+from datamodules.splits import PARTS, stratified_split
+
+if TYPE_CHECKING:
+    from albumentations import BasicTransform
+
+
+class SemanticSegmentation(LightningDataModule):
+    """Pictures with masks for training, evaluation and prediction.
+
+    A training picture is scaled at random, cropped, mirrored and changed in colour; the scales and the crop of the
+    default are those of the ADE20K recipe. In evaluation a picture may be resized, but its mask never is: predictions
+    are compared at the size on disk. The properties ``class_names``, ``num_classes``, ``image_size``, ``in_channels``,
+    ``main_metric``, ``mean``, ``std`` and ``palette`` are known right after construction.
+
+    Args:
+        layout: ``shapes`` (hand-written digits on photographs, 64 pixels, made from scikit-learn's), ``ade20k``
+            (``ADEChallengeData2016/{images,annotations}/{training,validation}``), ``camvid`` (``{train,val,test}.txt``
+            with the paths of pictures and masks) or ``folder`` (``images/`` and ``masks/``).
+        root: Folder of the data set; not needed for ``shapes``.
+        classes: Number of classes of a ``folder`` without ``classes.txt``.
+        image_size: Side of the training crops in pixels; None for the data set's usual one.
+        train_shorter_side: Length in pixels of the shorter side that ``scale_range`` multiplies (the longer one is at
+            most four times as long); None for the picture's own size.
+        scale_range: Smallest and largest random factor of the size.
+        max_class_ratio: Largest share of one class among the labelled pixels of a crop, tried for up to ten times.
+        flip: Mirror half of the training pictures left and right; None does so unless a mirrored class is another.
+        photometric: Change brightness, contrast, saturation and hue of training pictures.
+        test_shorter_side: Length in pixels of the shorter side in evaluation; None for the picture's own size.
+        batch_size: Pictures per training step and process.
+        eval_batch_size: Pictures per evaluation step and process; more than 1 is of use where all have one size.
+        num_workers: Loading processes; None chooses 0 for ``shapes``, otherwise at most 2 per process.
+        seed: Seed of order and augmentation; None for that of `seed_everything`, or 0.
+        split_seed: Seed of the parts of a ``folder`` that brings none.
+        val_fraction: Share of the validation part of such a folder.
+        test_fraction: Share of the test part of such a folder.
+        drop_last: Leave out the last, smaller training batch; None does so if it would hold a single picture.
+        predict_split: Which part ``predict`` runs on.
+        predict_path: Folder of pictures to predict instead.
+        main_metric: Metric that the model is selected by.
+        mean: Per channel, of values in [0, 1]; None for the data set's own.
+        std: Per channel, of values in [0, 1]; None for the data set's own.
+
+    Raises:
+        ValueError: If a value is out of range; names field, value and range.
+        FileNotFoundError: If the data is not there.
+    """
+
+    in_channels = 3
+
+    def __init__(
+        self,
+        layout: Literal["shapes", "ade20k", "camvid", "folder"] = "shapes",
+        root: str | None = None,
+        classes: int | None = None,
+        image_size: int | None = None,
+        train_shorter_side: int | None = None,
+        scale_range: list[float] = (0.5, 2.0),
+        max_class_ratio: float = 0.75,
+        flip: bool | None = None,
+        photometric: bool = True,
+        test_shorter_side: int | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 1,
+        num_workers: int | None = None,
+        seed: int | None = None,
+        split_seed: int = 0,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        drop_last: bool | None = None,
+        predict_split: Literal["train", "val", "test"] = "test",
+        predict_path: str | None = None,
+        main_metric: Literal["miou", "aacc", "macc"] = "miou",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)  # the model has facts of the same names
+        _check_values(self.hparams)
+        self.reader = self.make_reader()
+        self._parts: dict[str, SegmentationSamples] | None = None
+        self._pictures: SegmentationSamples | None = None
+
+    def make_reader(self) -> SegmentationReader:
+        """Return the reader of the chosen layout."""
+        options = self.hparams
+        if options.layout == "shapes":
+            return ShapesReader()
+        if options.layout == "ade20k":
+            return Ade20kReader(options.root)
+        if options.layout == "camvid":
+            return CamvidReader(options.root)
+        if options.layout == "folder":
+            return MaskFolderReader(options.root, options.classes)
+        raise ValueError(f"layout '{options.layout}' is unknown; expected shapes, ade20k, camvid or folder")
+
+    @property
+    def seed(self) -> int:
+        """Seed of order and augmentation."""
+        if self.hparams.seed is not None:
+            return self.hparams.seed
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each class index."""
+        return list(self.reader.facts.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without void."""
+        return len(self.reader.facts.class_names)
+
+    @property
+    def palette(self) -> list[list[int]]:
+        """Colour (red, green, blue in 0..255) of each class."""
+        return [list(colour) for colour in self.reader.facts.palette or distinct_colours(self.num_classes)]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the training crops in pixels."""
+        return self.hparams.image_size or self.reader.facts.image_size
+
+    @property
+    def main_metric(self) -> str:
+        """Metric that a model is selected by: ``miou``, ``aacc`` or ``macc``."""
+        return self.hparams.main_metric
+
+    @property
+    def mean(self) -> list[float]:
+        """Per channel, of values in [0, 1]."""
+        return list(self.hparams.mean or self.reader.facts.mean)
+
+    @property
+    def std(self) -> list[float]:
+        """Per channel, of values in [0, 1]."""
+        return list(self.hparams.std or self.reader.facts.std)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the pictures and masks that the stage needs.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test``, ``predict`` or None for all.
+        """
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        for part in needed.get(stage, PARTS):
+            self._part(part)
+
+    def train_dataloader(self) -> DataLoader:
+        """Augmented training batches; order and augmentation are functions of (seed, epoch, row)."""
+        dataset = self.train_dataset()
+        sampler = TrainBatchSampler(
+            len(dataset),
+            self.hparams.batch_size,
+            seed=self.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            drop_last=self._drops_last(len(dataset)),
+            trainer=self.trainer if self.trainer is not None and self.trainer.training else None,
+        )
+        return self._loader(dataset, sampler)
+
+    def train_dataset(self) -> SegmentationDataset:
+        """The augmented training pictures, without a loader."""
+        options = self.hparams
+        build = partial(
+            _training_transforms,
+            image_size=self.image_size,
+            shorter_side=options.train_shorter_side,
+            scale_range=tuple(options.scale_range),
+            max_class_ratio=options.max_class_ratio,
+            flip=self.reader.facts.flip if options.flip is None else options.flip,
+            photometric=options.photometric,
+            mean=self.mean,
+        )
+        return SegmentationDataset(self._part("train"), self.reader.facts, SeededPipeline(build), seed=self.seed)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation pictures, each once over all processes."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Test pictures, each once over all processes."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Pictures of ``predict_split`` or ``predict_path``, each once over all processes."""
+        return self._evaluation_loader("predict")
+
+    def sample_ids(self, split: str | None = None) -> list[str]:
+        """Return the id of each row of a split.
+
+        Args:
+            split: ``train``, ``val`` or ``test``; None for the pictures of ``predict``.
+        """
+        return list(self._part(split or "predict").ids)
+
+    def mask_to_file(self, mask: np.ndarray) -> np.ndarray:
+        """Turn class indices (H, W) into the uint8 values that the data set's mask files and its evaluation use."""
+        return self.reader.facts.file_values(mask)
+
+    # Parts of the data set
+
+    def _part(self, part: str) -> SegmentationSamples:
+        if part == "predict":
+            if self.hparams.predict_path is not None:
+                return self._unlabelled()
+            part = self.hparams.predict_split
+        if self._parts is None:
+            self._parts = self._split()
+        if part == "test" and "test" not in self._parts and "val" in self._parts:
+            self._parts["test"] = self._parts["val"]
+            rank_zero_warn("the validation part stands in for the missing test part, so test results are optimistic")
+        if part not in self._parts:
+            have = ", ".join(self._parts)
+            raise ValueError(f"the data set has no part '{part}', only {have}; add its pictures and masks")
+        if not len(self._parts[part]):
+            raise ValueError(f"part '{part}' of the data set is empty; add pictures and masks to it")
+        return self._parts[part]
+
+    def _split(self) -> dict[str, SegmentationSamples]:
+        found = dict(self.reader.read())
+        if set(found) != {"all"}:
+            return found
+        options, everything = self.hparams, found["all"]
+        alike = np.zeros(len(everything), dtype=np.int64)
+        rows = stratified_split(alike, options.val_fraction, options.test_fraction, options.split_seed)
+        return {part: everything.take(rows[part]) for part in PARTS}
+
+    def _unlabelled(self) -> SegmentationSamples:
+        if self._pictures is None:
+            path = self.hparams.predict_path
+            folder = checked_folder(path, "predict_path", "the pictures to predict")
+            files = list_images(folder)
+            if not files:
+                raise FileNotFoundError(f"--data.predict_path '{path}': no picture found")
+            ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+            self._pictures = SegmentationSamples(ids, files)
+        return self._pictures
+
+    # Loaders
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _drops_last(self, length: int) -> bool:
+        if self.hparams.drop_last is not None:
+            return self.hparams.drop_last
+        return length > 1 and length % self.hparams.batch_size == 1
+
+    def _evaluation_loader(self, part: str) -> DataLoader:
+        dataset = SegmentationDataset(
+            self._part(part), self.reader.facts, shorter_side=self.hparams.test_shorter_side, seed=self.seed
+        )
+        sampler = EvaluationBatchSampler(
+            len(dataset), self.hparams.eval_batch_size, rank=self._rank, world_size=self._world_size
+        )
+        return self._loader(dataset, sampler)
+
+    def _loader(self, dataset: SegmentationDataset, sampler: Any) -> DataLoader:
+        workers = self._workers(dataset)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=SegmentationBatchBuilder(self.mean, self.std),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=quiet_worker if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own keeps the loader from drawing on the global one, which the model's noise uses.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _workers(self, dataset: SegmentationDataset) -> int:
+        if self.hparams.num_workers is not None:
+            return self.hparams.num_workers
+        in_memory = isinstance(dataset.samples.images[0], np.ndarray)
+        return 0 if in_memory else min(2, usable_cores())
+
+
+def distinct_colours(count: int) -> list[tuple[int, int, int]]:
+    """As many colours (red, green, blue), each far from the others of low index, and none black.
+
+    The bits of an index, three at a time from the lowest, are the bits of the colours from the highest.
+    """
+    colours = []
+    for index in range(1, count + 1):
+        parts = [0, 0, 0]
+        for bit in range(24):
+            parts[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+        colours.append(tuple(parts))
+    return colours
+
+
+def _training_transforms(**settings: Any) -> "Sequence[BasicTransform]":
+    from datamodules.mask_transforms import training_transforms
+
+    return training_transforms(**settings)
+
+
+def _check_values(options: Any) -> None:
+    """Refuse values outside their range before anything is read."""
+    at_least = {"image_size": 1, "train_shorter_side": 1, "test_shorter_side": 1, "batch_size": 1}
+    at_least |= {"eval_batch_size": 1, "num_workers": 0, "seed": 0, "split_seed": 0}
+    for name, least in at_least.items():
+        if options[name] is not None and options[name] < least:
+            raise ValueError(f"{name} is {options[name]}, expected {least} or more")
+    low_high = list(options.scale_range)
+    if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+        raise ValueError(f"scale_range is {low_high}, expected two factors above 0, the smaller one first")
+    if not 0 < options.max_class_ratio <= 1:
+        raise ValueError(f"max_class_ratio is {options.max_class_ratio}, expected a share in (0, 1]")
+    val, test = options.val_fraction, options.test_fraction
+    if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
+        raise ValueError(f"val_fraction is {val} and test_fraction {test}, expected shares in (0, 1) that leave some")
+    for name in ("mean", "std"):
+        if options[name] is not None and len(options[name]) != 3:
+            raise ValueError(f"{name} has {len(options[name])} values, expected one per channel (3)")
+    if options.std is not None and min(options.std) <= 0:
+        raise ValueError(f"std is {options.std}, expected values above 0")
