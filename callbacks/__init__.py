@@ -5,16 +5,19 @@ from callbacks.best_and_last import BestAndLastCheckpoint
 from callbacks.checkpoint_io import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from callbacks.classification_report import ClassificationReport
 from callbacks.collapse_monitor import CollapseMonitor
+from callbacks.detection_writer import DetectionWriter
 from callbacks.difficulty_ranking import DifficultyRanking
 from callbacks.ema_target import EMATarget
 from callbacks.exact_resume import ExactResume
 from callbacks.graceful_stop import GracefulStop
+from callbacks.mask_writer import MaskWriter
 from callbacks.media import Media
 from callbacks.non_finite import NonFiniteGuard, NonFiniteLossError
 from callbacks.orphaned_ranks import stop_when_orphaned
 from callbacks.pictures import PictureLogger
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.probes import FeatureProbes
+from callbacks.segmentation_report import SegmentationReport
 from callbacks.step_seed import StepSeed
 from callbacks.weight_averaging import WarmupWeightAveraging
 
@@ -24,16 +27,19 @@ __all__ = [
     "CheckpointError",
     "ClassificationReport",
     "CollapseMonitor",
+    "DetectionWriter",
     "DifficultyRanking",
     "EMATarget",
     "ExactResume",
     "FeatureProbes",
     "GracefulStop",
+    "MaskWriter",
     "Media",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "PictureLogger",
     "PredictionWriter",
+    "SegmentationReport",
     "StepSeed",
     "WarmupWeightAveraging",
     "atomic_bytes",

@@ -103,7 +103,10 @@ class FeatureBackbone(nn.Module):
                 **{"pretrained": False, **self.options, **arguments},
             )
         except (AssertionError, IndexError) as error:
-            raise ValueError(f"backbone: {self.name} has no stages {self.out_indices}: {error}") from error
+            raise ValueError(
+                f"backbone: {self.name} has no stages {self.out_indices} with output_stride {self.output_stride}: "
+                f"{error}"
+            ) from error
         except (NotImplementedError, TypeError) as error:
             raise ValueError(
                 f"backbone: {self.name} cannot be built with output_stride {self.output_stride} and "
@@ -117,10 +120,21 @@ class FeatureBackbone(nn.Module):
         names = [info["module"] for info in self.body.feature_info.info]
         if not 0 < self.frozen_stages <= len(names):
             raise ValueError(f"frozen_stages: {self.frozen_stages}, but {self.name} has {len(names)} stages")
-        last = names[self.frozen_stages - 1]
-        frozen = []
-        for child_name, child in self.body.named_children():
-            frozen.append(child.requires_grad_(False))
-            if child_name.replace("_", ".") == last.replace("_", "."):
-                return frozen
-        raise ValueError(f"frozen_stages: the stages of {self.name} cannot be told apart; use frozen_stages: 0")
+        frozen: list[nn.Module] = []
+        if not _collect_until(self.body, names[self.frozen_stages - 1].replace("_", "."), "", frozen):
+            raise ValueError(f"frozen_stages: the stages of {self.name} cannot be told apart; use frozen_stages: 0")
+        return [module.requires_grad_(False) for module in frozen]
+
+
+def _collect_until(parent: nn.Module, last: str, prefix: str, found: list[nn.Module]) -> bool:
+    """Gather modules in the order they run, up to the one named ``last``; timm flattens some ``a.b`` to ``a_b``."""
+    for name, child in parent.named_children():
+        path = f"{prefix}{name}".replace("_", ".")
+        if last.startswith(f"{path}."):
+            if _collect_until(child, last, f"{path}.", found):
+                return True
+            continue
+        found.append(child)
+        if path == last:
+            return True
+    return False
