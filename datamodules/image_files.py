@@ -1,9 +1,9 @@
 """Find, decode and shrink image files."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 BORDER_THRESHOLD = 7
+HEAD = 4096  # bytes
 
 
 class UnreadableImageError(ValueError):
@@ -121,7 +122,8 @@ def is_grey_file(path: str | Path) -> bool:
 def same_content(paths: Iterable[str | Path]) -> dict[str, list[int]]:
     """Find files with identical bytes.
 
-    Only files of equal length are opened, so that large folders are cheap. Empty files are no images and not compared.
+    Only files of equal length are opened, and only those that begin alike are read in full, so that large folders are
+    cheap. Empty files are no images and not compared.
 
     Args:
         paths: The files.
@@ -130,22 +132,32 @@ def same_content(paths: Iterable[str | Path]) -> dict[str, list[int]]:
         Checksum -> positions in ``paths``, for contents that occur at least twice.
     """
     paths = list(paths)
-    by_size: dict[int, list[int]] = {}
-    for position, path in enumerate(paths):
-        by_size.setdefault(os.stat(path).st_size, []).append(position)
-    by_content: dict[str, list[int]] = {}
-    for size, positions in by_size.items():
-        if size and len(positions) > 1:
-            for position in positions:
-                by_content.setdefault(_checksum(paths[position]), []).append(position)
-    return {content: positions for content, positions in by_content.items() if len(positions) > 1}
+    sizes = [os.stat(path).st_size for path in paths]
+    alike = _refine([[row for row, size in enumerate(sizes) if size]], lambda row: sizes[row])
+    alike = _refine(alike, lambda row: _checksum(paths[row], HEAD))
+    alike = _refine(alike, lambda row: _checksum(paths[row]))
+    return {_checksum(paths[rows[0]]): rows for rows in alike}
 
 
-def _checksum(path: str | Path) -> str:
+def _refine(groups: Iterable[list[int]], key: Callable[[int], Any]) -> list[list[int]]:
+    """Divide each group by a key, and leave out what is on its own."""
+    refined: list[list[int]] = []
+    for group in groups:
+        found: dict[Any, list[int]] = {}
+        for row in group:
+            found.setdefault(key(row), []).append(row)
+        refined += [rows for rows in found.values() if len(rows) > 1]
+    return refined
+
+
+def _checksum(path: str | Path, length: int = -1) -> str:
+    """Of the first so many bytes, or of all."""
     import hashlib
 
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha1").hexdigest()
+        if length < 0:
+            return hashlib.file_digest(stream, "sha1").hexdigest()
+        return hashlib.sha1(stream.read(length)).hexdigest()
 
 
 def _scaled(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:

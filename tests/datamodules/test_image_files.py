@@ -147,6 +147,13 @@ def test_identical_files_are_found_by_content(tmp_path):
     assert list(found.values()) == [[0, 2]]
 
 
+def test_files_that_only_begin_alike_are_not_identical(tmp_path):
+    head = bytes(range(256)) * 20  # longer than what is compared first
+    for name, content in {"a": head + b"1", "b": head + b"2", "c": head + b"1", "d": head + b"11"}.items():
+        (tmp_path / name).write_bytes(content)
+    assert list(same_content([tmp_path / name for name in "abcd"]).values()) == [[0, 2]]
+
+
 def test_decoding_says_nothing(tmp_path):
     image = Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).convert("P")
     image.save(tmp_path / "a.png", transparency=b"\x00\xff")
