@@ -41,10 +41,12 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 
-def run(folder: Path, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m lightning_apps.bolt ...` from a folder of its own; the installed package, not the checkout, runs."""
+def run(
+    folder: Path, *arguments: str, check: bool = True, app: str = "bolt", **environment: str
+) -> subprocess.CompletedProcess:
+    """`python -m lightning_apps.<app> ...` from a folder of its own; the installed package, not the checkout, runs."""
     environment = {**clean_environment(), **environment}
-    command = [sys.executable, "-m", "lightning_apps.bolt", *arguments]
+    command = [sys.executable, "-m", f"lightning_apps.{app}", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
