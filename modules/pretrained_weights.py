@@ -96,13 +96,16 @@ def network_weights(path: str | Path, network: nn.Module, which: Which = "online
 
 
 def load_weights(network: nn.Module, weights: NetworkWeights) -> None:
-    """Copy everything but the classifier into a timm network; a position embedding of another grid is interpolated.
+    """Copy everything but the classifier into a timm network.
+
+    A position embedding of another grid is interpolated, and a first convolution for colours fitted to other channels.
 
     Raises:
         ValueError: naming the tensors that are missing, not used, or of another shape.
     """
     tensors = dict(weights.tensors)
     _fit_positions(network, tensors, weights.source)
+    _fit_channels(network, tensors, weights.source)
     classifier = _classifier_keys(network)
     expected = {key: value for key, value in network.state_dict().items() if key not in classifier}
     given = {key: value for key, value in tensors.items() if not key.startswith(_classifier_prefixes(network))}
@@ -119,7 +122,8 @@ def load_weights(network: nn.Module, weights: NetworkWeights) -> None:
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
         raise ValueError(
-            f"init_from: {weights.source} does not fit {type(network).__name__}: {told}.{_origin(weights)}"
+            f"init_from: {weights.source} does not fit {type(network).__name__}: {told}."
+            f"{_origin(weights)}{_other_network(given)}"
         )
     network.load_state_dict(given, strict=False)
 
@@ -139,6 +143,17 @@ def _fit_positions(network: nn.Module, tensors: dict[str, Tensor], source: str) 
     rank_zero_info(
         f"init_from: position embedding of {source} interpolated from {side}x{side} to {new[0]}x{new[1]} patches."
     )
+
+
+def _fit_channels(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    name = f"{(getattr(network, 'pretrained_cfg', None) or {}).get('first_conv')}.weight"
+    own, given = network.state_dict().get(name), tensors.get(name)
+    if own is None or given is None or given.shape[1:2] != (3,) or own.shape[1] == 3:
+        return
+    from timm.models import adapt_input_conv
+
+    tensors[name] = adapt_input_conv(own.shape[1], given)
+    rank_zero_info(f"init_from: {name} of {source} fitted from 3 channels to {own.shape[1]}.")
 
 
 def classifier_names(network: nn.Module) -> tuple[str, ...]:
@@ -161,6 +176,14 @@ def _origin(weights: NetworkWeights) -> str:
         return ""
     settings = ", ".join(f"{key}: {value}" for key, value in told.items())
     return f" The file was written with {settings}; use the same encoder and options."
+
+
+def _other_network(tensors: dict[str, Tensor]) -> str:
+    from modules.emo.released_weights import EMO_V2_MARKS
+
+    if any(mark in f"{key}." for key in tensors for mark in EMO_V2_MARKS):
+        return " It is a file of EMOv2, another network than EMO."
+    return ""
 
 
 def _some(names: list[str]) -> str:

@@ -7,6 +7,7 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+import modules.emo  # noqa: F401  registers the networks in timm
 from modules.bolt import BOLT
 from modules.classification import ImageClassifier
 from modules.classification.mixing import BatchMixing
@@ -241,6 +242,54 @@ def test_other_files_with_weights(tmp_path, kind):
     module.load_pretrained()
     assert torch.equal(module.network.patch_embed.proj.weight, source.patch_embed.proj.weight)
     assert torch.equal(module.network.blocks[1].mlp.fc2.bias, source.blocks[1].mlp.fc2.bias)
+
+
+EMO_1M = {"encoder": "emo_1m", "encoder_options": {"window_size": 0}, "image_size": 32, "num_classes": 10}
+
+
+@pytest.mark.parametrize("kind", ["pth", "net_E", "parallel"])
+def test_released_files_of_emo_for_another_number_of_classes(tmp_path, kind):
+    source = timm.create_model("emo_1m", **EMO_1M["encoder_options"]).eval()
+    torch.save(released(kind, source.state_dict()), tmp_path / "net.pth")
+    module = classifier(**EMO_1M, in_channels=3, init_from=str(tmp_path / "net.pth")).eval()
+    head = module.network.head.weight.clone()
+    module.load_pretrained()
+    images = torch.randn(2, 3, 32, 32)
+    expected = source.forward_head(source.forward_features(images), pre_logits=True)
+    assert torch.equal(module.extract_features(images), expected)
+    assert torch.equal(module.network.head.weight, head)
+
+
+def test_a_released_file_for_grey_images_sees_equal_channels(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("modules.pretrained_weights.rank_zero_info", said.append)
+    source = timm.create_model("emo_1m", **EMO_1M["encoder_options"]).eval()
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    module = classifier(**EMO_1M, in_channels=1, init_from=str(tmp_path / "net.pth")).eval()
+    module.load_pretrained()
+    assert said == [f"init_from: stage0.0.convs.0.0.weight of {tmp_path / 'net.pth'} fitted from 3 channels to 1."]
+    images = torch.randn(2, 1, 32, 32)
+    expected = source.forward_features(images.expand(-1, 3, -1, -1))
+    assert torch.allclose(module.network.forward_features(images), expected, atol=1e-4)
+
+
+def test_a_released_file_of_another_size_names_the_first_differing_tensors(tmp_path):
+    torch.save({"net": timm.create_model("emo_2m").state_dict()}, tmp_path / "net.pth")
+    module = classifier(**EMO_1M, in_channels=3, init_from=str(tmp_path / "net.pth"))
+    with pytest.raises(
+        ValueError,
+        match=r"net.pth does not fit EMO: \d+ of another shape \(stage3.0.proj.conv.weight: \(120, 240, 1, 1\) in "
+        r"the file, \(80, 240, 1, 1\) in the network, .* not in the network \(stage1.2.conv_local.conv.weight, ",
+    ):
+        module.load_pretrained()
+
+
+def test_a_file_of_emo_v2_is_called_so(tmp_path):
+    weights = timm.create_model("emo_1m").state_dict()
+    torch.save({**weights, "stage3.1.eops.0.qkv.weight": torch.ones(2)}, tmp_path / "net.pth")
+    module = classifier(**EMO_1M, in_channels=3, init_from=str(tmp_path / "net.pth"))
+    with pytest.raises(ValueError, match=r"not in the network .*\. It is a file of EMOv2, another network than EMO\."):
+        module.load_pretrained()
 
 
 def test_any_timm_backbone(tmp_path):
