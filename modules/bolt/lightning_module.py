@@ -22,6 +22,7 @@ from modules.encoders import (
     encode_tokens,
 )
 from modules.optimization import OptimizerName, ScheduleName
+from modules.pictures import displayable
 
 COPIES = 2
 SHOWN_IMAGES = 8
@@ -228,20 +229,11 @@ class BOLT(FeatureLearner):
         generator = Generator(images.device).manual_seed(0)
         permutation = self.sample_permutations(images, generator)
         patch_size = self.online.encoder.patch_embed.patch_size
-        shown = self._displayable(images).repeat(COPIES, 1, 1, 1)
+        shown = displayable(images, getattr(self._trainer, "datamodule", None)).repeat(COPIES, 1, 1, 1)
         layouts = torch.lerp(shown, take_patches(shown, permutation, patch_size), perturbation.mix)
         captions = [f"difficulty {value:.2f}" for value in perturbation.difficulty(permutation).tolist()]
         pairs = list(zip(layouts, captions, strict=True))
         return {"perturbed/online": pairs[: len(images)], "perturbed/target": pairs[len(images) :]}
-
-    def _displayable(self, images: Tensor) -> Tensor:
-        denormalize = getattr(getattr(self._trainer, "datamodule", None), "denormalize", None)
-        if denormalize is not None:
-            images = denormalize(images)
-        else:
-            low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-            images = (images - low) / (high - low).clamp(min=1e-6)
-        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
     def consistency(self, prediction: Tensor, projection: Tensor) -> Tensor:
         """Sum over both directions of the loss between predictions u and projections z' of the *other* view.

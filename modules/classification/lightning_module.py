@@ -28,7 +28,10 @@ from modules.optimization import (
     scaled_lr,
     with_schedule,
 )
+from modules.pictures import displayable
 from modules.pretrained_weights import Which, classifier_names, load_weights, network_weights
+
+SHOWN_IMAGES = 16
 
 
 class ImageClassifier(AuxiliaryObjectives, LightningModule):
@@ -237,6 +240,23 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities (B, C) and index."""
         return {"index": batch.index, "probabilities": _full_precision(self(batch.images)).softmax(1)}
+
+    def pictures(self, batch: Any) -> dict[str, list[tuple[Tensor, str]]]:
+        """The first images of a batch with the most probable class, its probability, and the label.
+
+        Returns:
+            Under ``val/predictions``: pictures (3, H, W) in [0, 1] with captions.
+        """
+        images = batch.images[:SHOWN_IMAGES]
+        probabilities, classes = _full_precision(self(images)).softmax(1).max(1)
+        names = self.hparams.class_names or [str(label) for label in range(self.hparams.num_classes)]
+        labels = [
+            f"label {names[label]}" if label >= 0 else "no label" for label in batch.labels[: len(images)].tolist()
+        ]
+        told = zip(classes.tolist(), probabilities.tolist(), labels, strict=True)
+        captions = [f"{names[found]} {probability:.2f}, {label}" for found, probability, label in told]
+        shown = displayable(images, getattr(self._trainer, "datamodule", None))
+        return {"val/predictions": list(zip(shown, captions, strict=True))}
 
     def _evaluate(self, batch: Any, stage: str) -> dict[str, Tensor]:
         logits = _full_precision(self(batch.images))

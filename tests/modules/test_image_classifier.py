@@ -193,6 +193,20 @@ def test_outputs_of_evaluation_and_prediction():
     assert torch.equal(prediction["probabilities"], probabilities)
 
 
+def test_pictures_tell_the_most_probable_class_and_the_label():
+    module, data = classifier(class_names=["cat", "dog", "bird"]).eval(), batch()
+    data = data._replace(labels=torch.tensor([0, 1, 2, -1, 1, 2]))
+    shown = module.pictures(data)["val/predictions"]
+    for row, (picture, caption) in enumerate(shown):
+        probabilities = module(data.images).softmax(1)[row].tolist()
+        found = max(range(3), key=lambda c: probabilities[c])
+        label = ["label cat", "label dog", "label bird", "no label", "label dog", "label bird"][row]
+        assert caption == f"{['cat', 'dog', 'bird'][found]} {probabilities[found]:.2f}, {label}"
+        assert picture.shape == (3, 8, 8)
+        assert (picture.min(), picture.max()) == (0, 1)
+    assert len(shown) == 6
+
+
 @pytest.mark.parametrize("which", ["online", "target"])
 def test_fine_tuning_starts_from_the_chosen_branch(pretrained, which):
     path, source = pretrained
@@ -278,8 +292,8 @@ def test_a_released_file_of_another_size_names_the_first_differing_tensors(tmp_p
     module = classifier(**EMO_1M, in_channels=3, init_from=str(tmp_path / "net.pth"))
     with pytest.raises(
         ValueError,
-        match=r"net.pth does not fit EMO: \d+ of another shape \(stage3.0.proj.conv.weight: \(120, 240, 1, 1\) in "
-        r"the file, \(80, 240, 1, 1\) in the network, .* not in the network \(stage1.2.conv_local.conv.weight, ",
+        match=r"net.pth does not fit EMO: \d+ of another shape \(stage3.0.proj.conv.weight: \(120, 288, 1, 1\) in "
+        r"the file, \(80, 288, 1, 1\) in the network, .* not in the network \(stage1.2.conv_local.conv.weight, ",
     ):
         module.load_pretrained()
 
