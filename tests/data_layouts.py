@@ -99,5 +99,56 @@ def write_aptos(root: Path) -> Path:
     return root
 
 
+def save_mask(path: Path, values: np.ndarray) -> Path:
+    """Write one value per pixel as a grey picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8)).save(path)
+    return path
+
+
+def halves(left: int, right: int, size: tuple[int, int], void: int) -> np.ndarray:
+    """A mask of (width, height) with one value per half and a first row of void."""
+    mask = np.full((size[1], size[0]), left, dtype=np.uint8)
+    mask[:, size[0] // 2 :] = right
+    mask[0] = void
+    return mask
+
+
+def write_ade20k(root: Path, counts: tuple[int, int] = (6, 3)) -> Path:
+    """``ADEChallengeData2016`` with pictures of different sizes; a mask holds 0 for unlabelled and 1..150."""
+    folder = root / "ADEChallengeData2016"
+    for part, short, count in (("training", "train", counts[0]), ("validation", "val", counts[1])):
+        for number in range(1, count + 1):
+            name, size = f"ADE_{short}_{number:08d}", (40 + 4 * number, 36)
+            save_image(folder / "images" / part / f"{name}.jpg", seed=number + 50 * (short == "val"), size=size)
+            mask = halves(number, 151 - number, size, void=0)
+            save_mask(folder / "annotations" / part / f"{name}.png", mask)
+    lines = [f"{number}\t0.1\t10\t10\t1\tthing {number}, object {number}" for number in range(1, 151)]
+    (folder / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "\n".join(lines) + "\n")
+    return root
+
+
+def write_camvid(root: Path, counts: tuple[int, int, int] = (6, 3, 3)) -> Path:
+    """Lists with the prefix of somebody else's machine that name png files, of which the pictures are jpg."""
+    for number, (part, count) in enumerate(zip(("train", "val", "test"), counts, strict=True)):
+        lines = []
+        for row in range(count):
+            name = f"0001TP_{row + 100 * number:06d}"
+            save_image(root / part / f"{name}.jpg", seed=row + 100 * number, size=(48, 36))
+            save_mask(root / f"{part}annot" / f"{name}.png", halves(row % 11, (row + 3) % 11, (48, 36), void=11))
+            lines.append(f"/SegNet/CamVid/{part}/{name}.png /SegNet/CamVid/{part}annot/{name}.png")
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def write_mask_folder(root: Path, names: list[str], classes: int = 3) -> Path:
+    """``images/`` and ``masks/`` with a picture of each name, and ``classes.txt``."""
+    for seed, name in enumerate(names):
+        save_image(root / "images" / f"{name}.jpg", seed=seed, size=(32, 24))
+        save_mask(root / "masks" / f"{name}.png", halves(seed % classes, (seed + 1) % classes, (32, 24), void=255))
+    (root / "classes.txt").write_text("\n".join(f"kind {label}" for label in range(classes)) + "\n")
+    return root
+
+
 def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
