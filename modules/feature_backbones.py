@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modules.encoders import require_timm_model
-from modules.pretrained_weights import load_weights, network_weights
+from modules.pretrained_weights import load_weights, network_weights, read_weights
 
 FULL_STRIDE = 32
+BODY = "body."
 
 
 class FeatureBackbone(nn.Module):
@@ -53,6 +54,7 @@ class FeatureBackbone(nn.Module):
         self.channels: list[int] = self.body.feature_info.channels()
         self.reductions: list[int] = self.body.feature_info.reduction()
         self._frozen = self._freeze()
+        self.train()  # a trainer that finds a module in training mode does not call this
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps of the chosen stages, each (B, channels[i], ceil(H / reductions[i]), ceil(W / reductions[i]))."""
@@ -72,6 +74,8 @@ class FeatureBackbone(nn.Module):
     def load_pretrained(self, path: str | Path) -> None:
         """Take the weights of a file: a checkpoint of this suite, a timm state dictionary, a released file.
 
+        In a checkpoint of dense prediction the backbone is a pyramid as well, without the last layers of the model.
+
         Raises:
             FileNotFoundError: if the file is not there.
             ValueError: if it does not fit, naming the first tensors that differ.
@@ -79,6 +83,10 @@ class FeatureBackbone(nn.Module):
         import timm
         from safetensors.torch import save_file
 
+        pyramid = _part_of(read_weights(path)[0], self.body.state_dict())
+        if pyramid is not None:
+            self.body.load_state_dict(pyramid)
+            return
         full = timm.create_model(self.name, in_chans=self.in_channels, **self.options)
         load_weights(full, network_weights(path, full))
         # timm renames the parts of a model that it turns into a pyramid, and does so for weights as well.
@@ -124,6 +132,16 @@ class FeatureBackbone(nn.Module):
         if not _collect_until(self.body, names[self.frozen_stages - 1].replace("_", "."), "", frozen):
             raise ValueError(f"frozen_stages: the stages of {self.name} cannot be told apart; use frozen_stages: 0")
         return [module.requires_grad_(False) for module in frozen]
+
+
+def _part_of(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors below some ``...body.`` that have all names and shapes of a pyramid; None if there are none."""
+    first = next(iter(wanted))
+    for prefix in (key.removesuffix(first) for key in tensors if key.endswith(f"{BODY}{first}")):
+        part = {name: tensors.get(f"{prefix}{name}") for name in wanted}
+        if all(value is not None and value.shape == wanted[name].shape for name, value in part.items()):
+            return part
+    return None
 
 
 def _collect_until(parent: nn.Module, last: str, prefix: str, found: list[nn.Module]) -> bool:

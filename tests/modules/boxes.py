@@ -1,5 +1,6 @@
 """Pictures of rectangles with boxes, for the tests of detectors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def picture(seed: int, side: int = SIDE) -> tuple[Tensor, dict[str, Tensor]]:
     return image, {**target, "area": area, "size": torch.tensor([2 * side, 2 * side])}
 
 
-def detection_batch(seeds: range, side: int = SIDE) -> DetectionBatch:
+def detection_batch(seeds: Sequence[int], side: int = SIDE) -> DetectionBatch:
     images, targets = zip(*(picture(seed, side) for seed in seeds), strict=True)
     return DetectionBatch(list(images), list(targets), torch.tensor(list(seeds)))
 

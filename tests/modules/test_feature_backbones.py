@@ -35,6 +35,17 @@ def test_weights_of_a_file_give_the_maps_of_the_whole_model(name, ending, tmp_pa
         assert torch.allclose(own, reference, atol=1e-5)
 
 
+def test_weights_of_a_checkpoint_of_dense_prediction(tmp_path):
+    torch.manual_seed(2)
+    trained = FeatureBackbone("convnext_atto", (1, 2, 3))
+    state = {f"network.backbone.{key}": value for key, value in trained.state_dict().items()}
+    torch.save({"state_dict": {**state, "network.head.weight": torch.zeros(3)}}, tmp_path / "last.ckpt")
+    backbone = FeatureBackbone("convnext_atto", (2, 3))
+    backbone.load_pretrained(tmp_path / "last.ckpt")
+    for own, reference in zip(backbone.eval()(images()), trained.eval()(images())[1:], strict=True):
+        assert torch.equal(own, reference)
+
+
 def test_channels_and_reductions_are_those_of_the_maps():
     backbone = FeatureBackbone("resnet18", (1, 4))
     assert backbone.channels == [64, 512]
@@ -66,7 +77,7 @@ def test_an_output_stride_that_a_model_cannot_have():
 )
 def test_frozen_stages_keep_weights_and_statistics(name, frozen, last, free):
     torch.manual_seed(0)
-    backbone = FeatureBackbone(name, (-2, -1), frozen_stages=frozen).train()
+    backbone = FeatureBackbone(name, (-2, -1), frozen_stages=frozen)
     before = {key: value.clone() for key, value in backbone.body.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=1.0)
     sum(level.square().mean() for level in backbone(images())).backward()
@@ -82,7 +93,8 @@ def test_frozen_stages_keep_weights_and_statistics(name, frozen, last, free):
 
 
 def test_norm_eval_keeps_all_statistics_and_trains_all_weights():
-    backbone = FeatureBackbone("resnet18", (3, 4), norm_eval=True).train()
+    backbone = FeatureBackbone("resnet18", (3, 4), norm_eval=True)  # in training mode without a call of train()
+    assert backbone.training
     before = {key: value.clone() for key, value in backbone.named_buffers()}
     sum(level.sum() for level in backbone(images())).backward()
     assert all(torch.equal(before[key], value) for key, value in backbone.named_buffers())
