@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,31 @@ def write_mask_folder(root: Path, names: list[str], classes: int = 3) -> Path:
 
 def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_coco(root: Path) -> Path:
+    """Eight training and four validation pictures with boxes in COCO's files; three categories whose ids have gaps.
+
+    The first picture of a part has no object; the second of the training part, and one object of the validation part,
+    are crowd regions.
+    """
+    categories = [{"id": 24, "name": "zebra"}, {"id": 1, "name": "person"}, {"id": 10, "name": "traffic light"}]
+    for part, count, first in (("train", 8, 100), ("val", 4, 500)):
+        images, annotations = [], []
+        for number in range(count):
+            width, height = 40 + 4 * number, 32
+            name = f"{first + 7 * number:012d}.jpg"
+            save_image(root / f"{part}2017" / name, seed=first + number, size=(width, height))
+            images.append({"id": first + 7 * number, "file_name": name, "width": width, "height": height})
+            for place in range(min(number, 2)):
+                box = [2.5 + 10 * place, 3.0 + number, 18.0, 12.5]
+                crowd = int(place == 0 and number == 1)
+                annotations.append({
+                    "id": first + 1 + len(annotations), "image_id": images[-1]["id"], "bbox": box, "iscrowd": crowd,
+                    "category_id": categories[(number + place) % 3]["id"], "area": box[2] * box[3] / 2,
+                })  # fmt: skip
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        file = root / "annotations" / f"instances_{part}2017.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    return root
