@@ -258,6 +258,9 @@ class SemanticSegmentation(LightningDataModule):
             if not files:
                 raise FileNotFoundError(f"--data.predict_path '{path}': no picture found")
             ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+            if len(set(ids)) != len(ids):
+                twice = next(name for name in ids if ids.count(name) > 1)
+                raise ValueError(f"--data.predict_path '{path}': two pictures are called '{twice}'; rename one of them")
             self._pictures = SegmentationSamples(ids, files)
         return self._pictures
 

@@ -567,6 +567,13 @@ def test_a_folder_to_predict_without_pictures(tmp_path):
         data(predict_path=str(tmp_path)).setup("predict")
 
 
+def test_two_pictures_to_predict_of_one_name(tmp_path):
+    for seed, name in enumerate(("a.jpg", "a.png")):
+        save_image(tmp_path / name, seed=seed)
+    with pytest.raises(ValueError, match=r"--data.predict_path '.*': two pictures are called 'a'"):
+        data(predict_path=str(tmp_path)).setup("predict")
+
+
 def test_a_layout_without_a_root():
     with pytest.raises(ValueError, match=r"layout 'camvid' reads a folder: set --data.root"):
         data("camvid")

@@ -212,6 +212,14 @@ def test_the_rate_falls_as_a_polynomial_of_the_steps():
     assert seen == pytest.approx([1e-3 * (1 - step / 8) ** 0.9 for step in range(8)])
 
 
+def test_a_warm_up_comes_before_the_polynomial():
+    module = segmenter(lr=1.0, warmup_epochs=1)
+    seen = []
+    module.on_train_batch_start = lambda *args: seen.append(module.trainer.optimizers[0].param_groups[0]["lr"])
+    fit(module, epochs=2)
+    assert seen == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75**0.9, 0.5**0.9, 0.25**0.9])
+
+
 def test_the_rate_is_scaled_to_the_batch():
     module = segmenter(lr=1e-3, lr_reference_batch=32)
     trainer = fit(module, limit_train_batches=1)
