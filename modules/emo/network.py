@@ -4,6 +4,8 @@ Modules carry the names of the released networks, so their state dictionaries lo
 """
 
 import copy
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +74,8 @@ class StemConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to (B, channels, ceil(H / 2), ceil(W / 2))."""
         conv, norm = self.convs[0]
+        if min(x.shape[-2:]) < FULL_STRIDE and not torch.compiler.is_compiling():
+            _warn_of_small_images(*x.shape[-2:])
         x = conv(x.contiguous(memory_format=torch.channels_last))
         # The format of an image with one channel is ambiguous, and the convolution then takes the other one.
         return norm(x.contiguous(memory_format=torch.channels_last))
@@ -335,6 +339,16 @@ def _build_stage(
     return nn.Sequential(first, *others)
 
 
+@functools.cache
+def _warn_of_small_images(height: int, width: int) -> None:
+    """Once for every size."""
+    warnings.warn(
+        f"an image of {height}x{width} is smaller than {FULL_STRIDE} px, so that the five halvings reach one pixel "
+        "too early; enlarge the images",
+        stacklevel=2,
+    )
+
+
 def _linear(maximum: float, depths: Sequence[int]) -> list[list[float]]:
     """Drop-path probabilities of the blocks of each stage, from 0 to the maximum."""
     rates = iter([maximum * number / max(1, sum(depths) - 1) for number in range(sum(depths))])
@@ -345,6 +359,8 @@ def _check_stages(**fields: Sequence[float]) -> None:
     for name, values in fields.items():
         if len(values) != STAGES:
             raise ValueError(f"{name}: {tuple(values)} has {len(values)} values, expected {STAGES}, one per stage")
+    if min(fields["depths"]) < 1:
+        raise ValueError(f"depths: {tuple(fields['depths'])} has a stage without blocks; give each at least 1")
 
 
 def _default_cfg(**overrides: Any) -> dict[str, Any]:

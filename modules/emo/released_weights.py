@@ -43,6 +43,7 @@ def fit_released_weights(content: Mapping[str, Any], model: nn.Module) -> dict[s
                 "pretrained: the file has no final norm and classifier; they stay as initialised", stacklevel=2
             )
             tensors = {**tensors, **own}
+    tensors = _fit_classifier(tensors, expected, model)
     _check(tensors, expected)
     return tensors
 
@@ -66,6 +67,27 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _fit_classifier(tensors: dict[str, Tensor], expected: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors with a classifier of the network's width: its own one where the file has another number of classes.
+
+    timm drops the classifier of the file by itself unless the network has as many classes as ``pretrained_cfg`` says.
+    """
+    if "head.weight" not in tensors or "head.weight" not in expected:
+        return tensors
+    found, wanted = tensors["head.weight"].shape[0], expected["head.weight"].shape[0]
+    declared = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", wanted)
+    if (found == wanted) != (declared == wanted):
+        warnings.warn(
+            f"pretrained: the file's classifier of {found} classes is not used, the network of {wanted} classes starts "
+            f"with a new one; to keep it, give num_classes={found} and "
+            f"pretrained_cfg_overlay=dict(file=..., num_classes={found})",
+            stacklevel=2,
+        )
+    if found == wanted:
+        return tensors
+    return {**tensors, **{key: expected[key] for key in HEAD}}
+
+
 def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     missing = sorted(expected.keys() - tensors.keys() - set(HEAD))
     unexpected = sorted(tensors.keys() - expected.keys() - set(HEAD))
@@ -78,12 +100,6 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if not any(problems.values()):
         return
     told = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
-    if not missing and not unexpected and all(line.startswith("head.") for line in differing):
-        classes = tensors["head.weight"].shape[0]
-        raise ValueError(
-            f"pretrained: the classifier of the file has {classes} classes ({told}); give num_classes={classes} and "
-            f"pretrained_cfg_overlay=dict(num_classes={classes}) to keep it, or another num_classes to start a new one"
-        )
     fitting = _fitting_sizes(tensors)
     remedy = f"the file fits {' and '.join(fitting)}" if fitting else "the file fits no size of EMO"
     raise ValueError(f"pretrained: the file does not fit this network: {told}; {remedy}")
