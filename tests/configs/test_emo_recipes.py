@@ -154,3 +154,18 @@ def test_the_learning_rates_of_an_imagenet_recipe_are_the_published_ones(name):
         cosine = 1e-6 + 0.5 * (6e-3 - 1e-6) * (1 + math.cos(math.pi * step / 187_500))
         expected = 1e-6 + step * (6e-3 - 1e-6) / 12_500 if step < 12_500 else cosine
         assert rates(step)[0] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_emo_learns_ten_classes_of_tiny_imagenet(shared_data, tmp_path):
+    """Two of the recipe's five epochs; a network that guesses has 10 %."""
+    root = shared_data / "images" / "tiny-imagenet-10"
+    options = [
+        *("--run.root", str(tmp_path / "runs"), "--data.root", str(root), "--trainer.max_epochs", "2"),
+        *("--trainer.accelerator", "cpu", "--trainer.logger", "csv", "--trainer.enable_progress_bar", "false"),
+    ]
+    cli = AppCLI(APP, ["fit", "--config", "emo/tiny_imagenet_10.yaml", *options])
+    assert cli.trainer.global_step == 2 * math.ceil(4000 / 64)
+    assert cli.trainer.callback_metrics["val/acc"] > 0.45
+    assert cli.trainer.callback_metrics["raw/val/acc"] > 0.4
