@@ -61,7 +61,9 @@ class PyramidFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
         """Maps by level, each (B, out_channels, h, w)."""
-        return self.fpn(OrderedDict((str(level), value) for level, value in enumerate(self.backbone(images))))
+        maps = self.fpn(OrderedDict((str(level), value) for level, value in enumerate(self.backbone(images))))
+        # torchvision makes the anchors in the type of the maps, which is too coarse for pixels in mixed precision.
+        return OrderedDict((name, value.float()) for name, value in maps.items())
 
 
 class PyramidAnchors(AnchorGenerator):
@@ -96,7 +98,11 @@ class PyramidAnchors(AnchorGenerator):
 
 
 class BatchLossHead(RetinaNetHead):
-    """Head whose losses are divided by the positive anchors of the whole batch."""
+    """Head whose losses are divided by the positive anchors of the whole batch; its answers are float32 throughout."""
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        """``cls_logits`` (B, A, C) and ``bbox_regression`` (B, A, 4) of the maps of all levels."""
+        return {name: value.float() for name, value in super().forward(x).items()}
 
     def compute_loss(
         self,

@@ -3,15 +3,13 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead, _extra_block
 
 from modules.feature_backbones import FeatureBackbone
-
-if TYPE_CHECKING:
-    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-    from torchvision.models.detection.ssd import SSD
 
 STAGES = (-2, -1)
 REDUCTIONS = [16, 32]
@@ -34,8 +32,6 @@ class SSDLiteFeatures(nn.Module):
 
     def __init__(self, backbone: FeatureBackbone, widths: Sequence[int], norm_layer: partial) -> None:
         super().__init__()
-        from torchvision.models.detection.ssdlite import _extra_block
-
         self.backbone = backbone
         inputs = (backbone.channels[-1], *widths[:-1])
         self.extra = nn.ModuleList(
@@ -48,12 +44,21 @@ class SSDLiteFeatures(nn.Module):
         maps = list(self.backbone(images))
         for block in self.extra:
             maps.append(block(maps[-1]))
-        return OrderedDict((str(level), value) for level, value in enumerate(maps))
+        # torchvision makes the anchors in the type of the maps, which is too coarse for pixels in mixed precision.
+        return OrderedDict((str(level), value.float()) for level, value in enumerate(maps))
+
+
+class PreciseHead(SSDLiteHead):
+    """Head whose answers are decoded in float32, also in mixed precision."""
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        """``bbox_regression`` (B, A, 4) and ``cls_logits`` (B, A, 1 + C) of the maps of all levels."""
+        return {name: value.float() for name, value in super().forward(x).items()}
 
 
 def build_ssdlite(
     backbone: FeatureBackbone, num_classes: int, image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> "SSD":
+) -> SSD:
     """An SSD with depth-wise separable heads that resizes its images to a square.
 
     Matching at IoU 0.5 and with the best anchor of each object, box deviations 0.1 and 0.2, smooth L1, cross-entropy
@@ -70,9 +75,6 @@ def build_ssdlite(
     Raises:
         ValueError: if the maps of the backbone have other strides.
     """
-    from torchvision.models.detection.ssd import SSD
-    from torchvision.models.detection.ssdlite import SSDLiteHead
-
     if backbone.reductions != REDUCTIONS:
         raise ValueError(
             f"backbone: the last two maps of {backbone.name} have strides {backbone.reductions}; "
@@ -81,7 +83,7 @@ def build_ssdlite(
     norm_layer = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.03)
     features = SSDLiteFeatures(backbone, EXTRA_WIDTHS, norm_layer)
     anchors = ssdlite_anchors(image_size)
-    head = SSDLiteHead(features.out_channels, anchors.num_anchors_per_location(), num_classes + 1, norm_layer)
+    head = PreciseHead(features.out_channels, anchors.num_anchors_per_location(), num_classes + 1, norm_layer)
     _initialise(features.extra, partial(nn.init.trunc_normal_, std=0.03))
     _initialise(head, partial(nn.init.normal_, std=0.001))
     return SSD(
@@ -100,10 +102,8 @@ def build_ssdlite(
     )
 
 
-def ssdlite_anchors(image_size: int) -> "DefaultBoxGenerator":
+def ssdlite_anchors(image_size: int) -> DefaultBoxGenerator:
     """Six anchors per cell: two squares and the ratios 2, 1/2, 3, 1/3; sides scale with the image."""
-    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-
     sides = _level_sides(image_size)
     return DefaultBoxGenerator(
         [list(RATIOS)] * len(sides),

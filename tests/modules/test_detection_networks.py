@@ -267,6 +267,22 @@ class Answers(torch.nn.Module):
         return self.outputs
 
 
+@pytest.mark.parametrize("name", ["ssdlite", "retinanet"])
+def test_boxes_are_exact_to_the_pixel_in_mixed_precision(name):
+    """In bfloat16 the numbers above 256 are two apart."""
+    module = detector(name, image_size=320, score_threshold=0.0).eval()
+    kinds = []
+    module.network.anchor_generator.register_forward_hook(lambda *call: kinds.append(call[-1][0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = module([torch.rand(3, 32, 320)])[0]
+    assert kinds == [torch.float32]
+    assert found["boxes"].dtype == torch.float32
+    right = found["boxes"][:, 2]
+    inner = right[(right > 256) & (right < 320)]
+    assert len(inner) > 0
+    assert (inner % 1 != 0).any()
+
+
 def test_a_backbone_with_other_strides_is_refused():
     with pytest.raises(ValueError, match=r"have strides \[8, 16\]; SSDLite needs \[16, 32\]"):
         build_ssdlite(FeatureBackbone(BACKBONE, (2, 3)), 3, 64, MEAN, STD)
