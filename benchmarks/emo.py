@@ -3,8 +3,8 @@
     python -m benchmarks.emo [--models emo_1m emo_5m] [--rounds 15] [--compile]
     python -m benchmarks.emo --peers [--rounds 5] [--out peers.md]
 
-needs `pip install '.[benchmark]'`. Everything runs on one thread in fp32. The reference has the weights of our
-network and must give its outputs before anything is timed.
+needs `pip install '.[benchmark]'`. Everything runs on one thread in fp32 and is told in seconds of that
+processor. The reference has the weights of our network and must give its outputs before anything is timed.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from time import process_time
 
 import timm
 import torch
@@ -237,9 +238,13 @@ def against_reference(name: str, batch: int, rounds: int, compiled: bool) -> Non
     calls = {key: evaluation(network, images) for key, network in alternatives.items()}
     for key, call in calls.items():
         require_equal(f"{name}, {key}", call(), calls["reference"]())
-    show(f"{name}, inference, batch {batch}", interleaved(calls, rounds), TARGETS.get(name, {}))
+    show(f"{name}, inference, batch {batch}", interleaved(calls, rounds, clock=process_time), TARGETS.get(name, {}))
     steps = {"reference": training(reference, images), "training step": training(ours, images)}
-    show(f"{name}, training step, batch {batch}", interleaved(steps, rounds, 1), {"training step": TRAINING_TARGET})
+    show(
+        f"{name}, training step, batch {batch}",
+        interleaved(steps, rounds, 1, process_time),
+        {"training step": TRAINING_TARGET},
+    )
 
 
 def show(title: str, seconds: dict[str, list[float]], targets: dict[str, float]) -> None:
@@ -281,7 +286,7 @@ def peer(name: str, rounds: int) -> str:
         "last": evaluation(last, eight.contiguous(memory_format=torch.channels_last)),
         "step": training(trained, eight),
     }
-    seconds = interleaved(calls, rounds, 1)
+    seconds = interleaved(calls, rounds, 1, process_time)
     images = {"one": 1, "eight": 8, "last": 8, "step": 8}
     cells = [f"{1000 * statistics.median(values) / images[key]:.1f}" for key, values in seconds.items()]
     return f"| {name} | {parameters:.2f}M | {millions:.0f}M | {' | '.join(cells)} |"
