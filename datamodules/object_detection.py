@@ -17,7 +17,7 @@ from datamodules.box_augmentations import LARGEST_CANVAS, BoxPipeline, Resize
 from datamodules.image_dataset import quiet_worker, usable_cores
 from datamodules.image_files import list_images
 from datamodules.readers.boxes import BoxReader, BoxSamples
-from datamodules.readers.camvid_boxes import CamVidBoxReader
+from datamodules.readers.camvid_boxes import SMALLEST, CamVidBoxReader
 from datamodules.readers.coco import CocoReader
 from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD, checked_folder
 from datamodules.readers.segmentation_samples import read_picture
@@ -35,10 +35,11 @@ class ObjectDetection(LightningDataModule):
 
     Args:
         layout: ``coco`` (COCO 2017 and data in its layout) or ``camvid``: boxes around the connected components of
-            the masks of cars, pedestrians and bicyclists with more than 100 pixels. Objects of a class that touch are
-            one box there.
+            the masks of cars, pedestrians and bicyclists with more than ``min_pixels``. Objects of a class that touch
+            are one box there.
         root: folder of the data set; see :class:`CocoReader` and :class:`CamVidBoxReader`.
         class_names: names of all categories in the order of the labels (layout ``coco``); None for that of their ids.
+        min_pixels: components of at most so many pixels are no objects (layout ``camvid``).
         image_size: side of the square, or shorter side, in pixels.
         resize: ``fixed`` squeezes images into a square (SSDLite); ``shorter_side`` keeps the ratio of the sides, the
             longer one at most 1.67 times the shorter (RetinaNet).
@@ -67,6 +68,7 @@ class ObjectDetection(LightningDataModule):
         layout: Layout = "coco",
         root: str | None = None,
         class_names: list[str] | None = None,
+        min_pixels: int = SMALLEST,
         image_size: int = 320,
         resize: Resize = "fixed",
         augment: bool = True,
@@ -86,7 +88,8 @@ class ObjectDetection(LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
         _check_values(self.hparams)
-        self.reader: BoxReader = CocoReader(root, class_names) if layout == "coco" else CamVidBoxReader(root)
+        coco = layout == "coco"
+        self.reader: BoxReader = CocoReader(root, class_names) if coco else CamVidBoxReader(root, min_pixels)
         self._parts: dict[str, BoxSamples] = {}
 
     @property

@@ -256,6 +256,14 @@ def test_components_of_masks():
     ]
 
 
+def test_the_smallest_component_can_be_chosen():
+    mask = np.zeros((60, 80), dtype=np.uint8)
+    mask[:10, :10], mask[20:40, 20:40] = 8, 8
+    assert [row[6] for row in components(mask, 99).tolist()] == [100, 400]
+    assert [row[6] for row in components(mask, 399).tolist()] == [400]
+    assert len(components(mask, 400)) == 0
+
+
 def write_frames(root, parts=("train", "val", "test")):
     for part in parts:
         lines = []
@@ -406,6 +414,7 @@ def test_a_file_that_is_no_json_and_one_of_another_kind(coco):
         ({"image_size": 16}, "image_size is 16, expected 32 or more"),
         ({"repeat_factor": 0}, "repeat_factor is 0, expected 1 or more"),
         ({"zoom_out": 0.5}, r"zoom_out is 0.5, expected 1 \(none\) or more"),
+        ({"min_pixels": -1}, "min_pixels is -1, expected 0 or more"),
         ({"resize": "crop"}, "resize is 'crop', expected fixed or shorter_side"),
         ({"layout": "voc"}, "layout is 'voc', expected coco or camvid"),
         ({"mean": [0.5]}, "mean has 1 values, expected one per channel"),
