@@ -159,6 +159,17 @@ def test_block_keeps_channels_last_and_takes_any_format() -> None:
     torch.testing.assert_close(plain, last)
 
 
+def test_inference_overwrites_nothing_that_others_see() -> None:
+    torch.manual_seed(0)
+    block = shake(IRMB(8, head_dim=4, norm="batch", activation="silu", window_size=0)).eval()
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    given, expected = x.clone(), block(x).detach()
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(block(x), expected)
+    assert torch.equal(x, given)
+
+
 def test_drop_path_drops_whole_samples_and_scales_the_others() -> None:
     torch.manual_seed(0)
     block = shake(IRMB(8, expansion=2, kernel_size=3, attention=False, norm="layer", drop_path=0.5)).train()
