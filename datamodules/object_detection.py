@@ -375,6 +375,7 @@ def _check_values(options: Any) -> None:
         "repeat_factor": 1,
         "num_workers": 0,
         "seed": 0,
+        "min_pixels": 0,
     }
     for name, least in at_least.items():
         if options[name] is not None and options[name] < least:
