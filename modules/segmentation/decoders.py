@@ -36,9 +36,9 @@ class PyramidHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Four maps, each exactly half as large as the one before, -> logits (B, C, h, w) of the first one's size."""
-        height, width = maps[0].shape[2:]
+        batch, _, height, width = maps[0].shape
         # The decoders expect the image and a map of stride 2 in front, of which they read no more than the size.
-        image = maps[0].new_empty(len(maps[0]), 0, 4 * height, 4 * width)
+        image = maps[0].new_empty(batch, 0, 4 * height, 4 * width)
         return self.classifier(self.decoder([image, image, *maps]))
 
 

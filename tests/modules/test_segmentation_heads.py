@@ -164,6 +164,18 @@ def test_logits_have_the_size_of_the_images(head, size):
     assert torch.equal(network(images), logits)
 
 
+@pytest.mark.parametrize("head", ["deeplabv3", "pspnet", *PYRAMID_HEADS])
+def test_a_network_is_exported_for_any_batch(head):
+    if head in PYRAMID_HEADS:
+        pytest.importorskip("segmentation_models_pytorch")
+    network = build_network(TINY_BACKBONE, head, 7, auxiliary=False).eval()
+    program = torch.export.export(
+        network, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    ).module()
+    images = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(program(images), network(images), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "emo_1m"])
 def test_other_backbones(backbone):
     network = build_network(backbone, "deeplabv3", 5, in_channels=1).eval()
