@@ -84,6 +84,8 @@ def one_step(name: str, folder: Path, root: Path) -> AppCLI:
         *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"),
         *("--trainer.check_val_every_n_epoch", "1"),
     ]
+    if arguments(name, "data")["layout"] == "camvid":
+        options += ["--data.min_pixels", "10"]
     return AppCLI(APP, ["fit", "--config", f"{name}.yaml", *options])
 
 
