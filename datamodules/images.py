@@ -1,12 +1,9 @@
 """The LightningDataModule behind every image data set: splits, label subsets, caching, loaders, predictions."""
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,13 +15,16 @@ from datamodules.image_dataset import (
     ImageDataset,
     ImageStore,
     MemoryStore,
-    quiet_worker,
-    usable_cores,
 )
-from datamodules.image_files import list_images
 from datamodules.partition import check_leaks, divide, labelled_only
-from datamodules.readers.samples import Reader, Samples, checked_folder
-from datamodules.sampling import EvaluationBatchSampler, TrainBatchSampler
+from datamodules.readers.samples import Reader, Samples
+from datamodules.repeatable_loaders import (
+    RepeatableLoaders,
+    check_at_least,
+    check_new_split,
+    check_normalisation,
+    pictures_to_predict,
+)
 from datamodules.splits import PARTS, check_classes, labelled_rows
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SMALL_SET = 20_000
 SMALL_SIDE = 64
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(RepeatableLoaders):
     """Labelled images for pre-training, fine-tuning, evaluation and prediction.
 
     Subclasses name the layouts on disk and return a reader for them from :meth:`make_reader`. The properties
@@ -127,18 +127,11 @@ class ImageDataModule(LightningDataModule):
         self._stores: dict[str, ImageStore] = {}
         self._said: set[str] = set()
         self._predict_samples: Samples | None = None
-        self._check_normalisation()
+        check_normalisation(self.hparams, 1, self.in_channels)
 
     def make_reader(self) -> Reader:
         """Return the reader of the chosen layout."""
         raise NotImplementedError
-
-    @property
-    def seed(self) -> int:
-        """Seed of order and augmentation."""
-        if self.hparams.seed is not None:
-            return self.hparams.seed
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     @property
     def class_names(self) -> list[str]:
@@ -195,17 +188,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Augmented training batches; order and augmentation are functions of (seed, epoch, row)."""
-        dataset = self.train_dataset()
-        sampler = TrainBatchSampler(
-            len(dataset),
-            self.hparams.batch_size,
-            seed=self.seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            drop_last=self._drops_last(len(dataset)),
-            trainer=self.trainer if self.trainer is not None and self.trainer.training else None,
-        )
-        return self._loader(dataset, sampler)
+        return self._repeatable_training(self.train_dataset(), BatchBuilder(self.mean, self.std))
 
     def train_dataset(self) -> ImageDataset:
         """The augmented training images, without a loader."""
@@ -307,10 +290,7 @@ class ImageDataModule(LightningDataModule):
         return part
 
     def _unlabelled(self, path: str) -> Samples:
-        folder = checked_folder(path, "predict_path", "the images to predict")
-        files = list_images(folder)
-        if not files:
-            raise FileNotFoundError(f"--data.predict_path '{path}': no image found")
+        folder, files = pictures_to_predict(path)
         names = [file.relative_to(folder) for file in files]
         if self.reader.id_column != "path":
             names = [name.with_suffix("") for name in names]
@@ -419,48 +399,21 @@ class ImageDataModule(LightningDataModule):
 
     # Loaders
 
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
-
     def _drops_last(self, length: int) -> bool:
-        if self.hparams.drop_last is not None:
-            return self.hparams.drop_last
-        return self.hparams.augment == "pretrain" or (length > 1 and length % self.hparams.batch_size == 1)
+        if self.hparams.drop_last is None and self.hparams.augment == "pretrain":
+            return True
+        return super()._drops_last(length)
 
     def _evaluation_loader(self, part: str, rows: np.ndarray | None = None) -> DataLoader:
         store = self._store(part)
         view = CentreView(self.image_size, whole=self.reader.facts.in_memory)
         dataset = ImageDataset(store, self._part(part).labels, rows, view)
-        batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
-        sampler = EvaluationBatchSampler(len(dataset), batch_size, rank=self._rank, world_size=self._world_size)
-        return self._loader(dataset, sampler)
-
-    def _loader(self, dataset: ImageDataset, sampler: Any) -> DataLoader:
-        workers = self._workers(dataset)
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=BatchBuilder(self.mean, self.std),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=quiet_worker if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            # A generator of its own keeps the loader from drawing on the global one, which the model's noise uses.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self._repeatable_evaluation(dataset, BatchBuilder(self.mean, self.std))
 
     def _workers(self, dataset: ImageDataset) -> int:
-        if self.hparams.num_workers is not None:
-            return self.hparams.num_workers
         in_memory = isinstance(dataset.store, MemoryStore)
-        if in_memory and len(dataset) <= SMALL_SET and self.image_size <= SMALL_SIDE:
-            return 0
-        return min(2, usable_cores())
+        small = in_memory and len(dataset) <= SMALL_SET and self.image_size <= SMALL_SIDE
+        return 0 if small and self.hparams.num_workers is None else super()._workers(dataset)
 
     # Values
 
@@ -470,27 +423,17 @@ class ImageDataModule(LightningDataModule):
             return values
         return values * 3 if self.in_channels == 3 else [sum(values) / len(values)]
 
-    def _check_normalisation(self) -> None:
-        for name in ("mean", "std"):
-            values = self.hparams[name]
-            if values is not None and len(values) not in (1, self.in_channels):
-                raise ValueError(f"{name} has {len(values)} values, expected one per channel ({self.in_channels})")
-
 
 def _check_values(options: Any) -> None:
     """Refuse values outside their range before anything is read."""
     at_least = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
     at_least |= {"labels_per_class": 1, "label_seed": 0, "split_seed": 0, "crop_padding": 0}
-    for name, least in at_least.items():
-        if options[name] is not None and options[name] < least:
-            raise ValueError(f"{name} is {options[name]}, expected {least} or more")
+    check_at_least(options, at_least)
     if not 0 < options.label_fraction <= 1:
         raise ValueError(f"label_fraction is {options.label_fraction}, expected a share in (0, 1]")
     if options.label_fraction != 1 and options.labels_per_class is not None:
         raise ValueError("set either label_fraction or labels_per_class, not both")
-    val, test = options.val_fraction, options.test_fraction
-    if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
-        raise ValueError(f"val_fraction is {val} and test_fraction {test}, expected shares in (0, 1) that leave some")
+    check_new_split(options.val_fraction, options.test_fraction)
     if options.channels not in (None, 1, 3):
         raise ValueError(f"channels is {options.channels}, expected 1 or 3")
     if options.views not in (1, 2):
@@ -501,8 +444,6 @@ def _check_values(options: Any) -> None:
         raise ValueError(f"re_prob is {options.re_prob}, expected a probability in [0, 1]")
     if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
         raise ValueError(f"crop_ratio is {options.crop_ratio}, expected a share in (0, 1], such as 0.875")
-    if options.std is not None and min(options.std) <= 0:
-        raise ValueError(f"std is {options.std}, expected values above 0")
 
 
 def _luminance(pixels: np.ndarray) -> np.ndarray:

@@ -7,27 +7,30 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import DetectionBatch
 from datamodules.box_augmentations import LARGEST_CANVAS, BoxPipeline, Resize
-from datamodules.image_dataset import quiet_worker, usable_cores
-from datamodules.image_files import list_images
 from datamodules.readers.boxes import BoxReader, BoxSamples
 from datamodules.readers.camvid_boxes import SMALLEST, CamVidBoxReader
 from datamodules.readers.coco import CocoReader
-from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD, checked_folder
+from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.readers.segmentation_samples import read_picture
-from datamodules.sampling import EvaluationBatchSampler, SampleKey, TrainBatchSampler
+from datamodules.repeatable_loaders import (
+    RepeatableLoaders,
+    check_at_least,
+    check_normalisation,
+    pictures_to_predict,
+)
+from datamodules.sampling import SampleKey
 
 Layout = Literal["coco", "camvid"]
 Sample = tuple[Tensor, dict[str, Tensor], int]
 
 
-class ObjectDetection(LightningDataModule):
+class ObjectDetection(RepeatableLoaders):
     """Pictures with boxes around objects.
 
     Images are float32 in [0, 1], as detectors normalise them inside. Labels start at 1; ``num_classes`` does not count
@@ -93,13 +96,6 @@ class ObjectDetection(LightningDataModule):
         self._parts: dict[str, BoxSamples] = {}
 
     @property
-    def seed(self) -> int:
-        """Seed of order and augmentation."""
-        if self.hparams.seed is not None:
-            return self.hparams.seed
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-    @property
     def class_names(self) -> list[str]:
         """Name of each class, the first of label 1."""
         return self.reader.class_names
@@ -163,16 +159,7 @@ class ObjectDetection(LightningDataModule):
         """Augmented training batches; order and augmentation are functions of (seed, epoch, pass, row)."""
         rows = np.tile(self._training_rows(), self.hparams.repeat_factor)
         dataset = BoxDataset(self.samples("train"), rows, self._pipeline(self.hparams.augment), self.seed, train=True)
-        sampler = TrainBatchSampler(
-            len(dataset),
-            self.hparams.batch_size,
-            seed=self.seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            drop_last=self._drops_last(len(dataset)),
-            trainer=self.trainer if self.trainer is not None and self.trainer.training else None,
-        )
-        return self._loader(dataset, sampler)
+        return self._repeatable_training(dataset, collate)
 
     def val_dataloader(self) -> DataLoader:
         """Validation images, each once over all processes."""
@@ -247,10 +234,7 @@ class ObjectDetection(LightningDataModule):
     def _pictures(self) -> BoxSamples:
         from PIL import Image
 
-        folder = checked_folder(self.hparams.predict_path, "predict_path", "the pictures to predict")
-        files = list_images(folder)
-        if not files:
-            raise FileNotFoundError(f"--data.predict_path '{folder}': no image found")
+        _, files = pictures_to_predict(self.hparams.predict_path)
         sizes = []
         for file in files:
             with Image.open(file) as image:
@@ -261,19 +245,6 @@ class ObjectDetection(LightningDataModule):
 
     # Loaders
 
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
-
-    def _drops_last(self, length: int) -> bool:
-        if self.hparams.drop_last is not None:
-            return self.hparams.drop_last
-        return length > 1 and length % self.hparams.batch_size == 1
-
     def _pipeline(self, train: bool) -> BoxPipeline:
         options = self.hparams
         return BoxPipeline(options.resize, options.image_size, train, tuple(self.mean), options.zoom_out)
@@ -281,24 +252,7 @@ class ObjectDetection(LightningDataModule):
     def _evaluation_loader(self, part: str) -> DataLoader:
         samples = self.samples(part)
         dataset = BoxDataset(samples, np.arange(len(samples)), self._pipeline(train=False), self.seed, train=False)
-        batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
-        sampler = EvaluationBatchSampler(len(dataset), batch_size, rank=self._rank, world_size=self._world_size)
-        return self._loader(dataset, sampler)
-
-    def _loader(self, dataset: "BoxDataset", sampler: Any) -> DataLoader:
-        workers = self.hparams.num_workers
-        workers = min(2, usable_cores()) if workers is None else workers
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=quiet_worker if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            # A generator of its own keeps the loader from drawing on the global one, which the model's noise uses.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self._repeatable_evaluation(dataset, collate)
 
 
 class BoxDataset(Dataset[Sample]):
@@ -377,9 +331,7 @@ def _check_values(options: Any) -> None:
         "seed": 0,
         "min_pixels": 0,
     }
-    for name, least in at_least.items():
-        if options[name] is not None and options[name] < least:
-            raise ValueError(f"{name} is {options[name]}, expected {least} or more")
+    check_at_least(options, at_least)
     if options.zoom_out < 1:
         raise ValueError(f"zoom_out is {options.zoom_out}, expected 1 (none) or more")
     if options.layout not in ("coco", "camvid"):
@@ -388,9 +340,4 @@ def _check_values(options: Any) -> None:
         raise ValueError(f"resize is {options.resize!r}, expected fixed or shorter_side")
     if options.class_names is not None and options.layout != "coco":
         raise ValueError(f"class_names is {options.class_names}, but layout '{options.layout}' has classes of its own")
-    for name in ("mean", "std"):
-        values = options[name]
-        if values is not None and len(values) != len(IMAGENET_MEAN):
-            raise ValueError(f"{name} has {len(values)} values, expected one per channel ({len(IMAGENET_MEAN)})")
-    if options.std is not None and min(options.std) <= 0:
-        raise ValueError(f"std is {options.std}, expected values above 0")
+    check_normalisation(options, len(IMAGENET_MEAN))

@@ -1,26 +1,26 @@
 """Pictures with a class for each pixel: ADE20K, CamVid, folders, and a small set that needs no download."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.augmentations import SeededPipeline
-from datamodules.image_dataset import quiet_worker, usable_cores
-from datamodules.image_files import list_images
 from datamodules.readers.ade20k import Ade20kReader
 from datamodules.readers.camvid import CamvidReader
 from datamodules.readers.mask_folder import MaskFolderReader
-from datamodules.readers.samples import checked_folder
 from datamodules.readers.segmentation_samples import SegmentationReader, SegmentationSamples
 from datamodules.readers.shapes import ShapesReader
-from datamodules.sampling import EvaluationBatchSampler, TrainBatchSampler
+from datamodules.repeatable_loaders import (
+    RepeatableLoaders,
+    check_at_least,
+    check_new_split,
+    check_normalisation,
+    pictures_to_predict,
+)
 from datamodules.segmentation_dataset import SegmentationBatchBuilder, SegmentationDataset
 from datamodules.splits import PARTS, stratified_split
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from albumentations import BasicTransform
 
 
-class SemanticSegmentation(LightningDataModule):
+class SemanticSegmentation(RepeatableLoaders):
     """Pictures with masks for training, evaluation and prediction.
 
     A training picture is scaled at random, cropped, mirrored and changed in colour; the scales and the crop of the
@@ -118,13 +118,6 @@ class SemanticSegmentation(LightningDataModule):
         raise ValueError(f"layout '{options.layout}' is unknown; expected shapes, ade20k, camvid or folder")
 
     @property
-    def seed(self) -> int:
-        """Seed of order and augmentation."""
-        if self.hparams.seed is not None:
-            return self.hparams.seed
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-    @property
     def class_names(self) -> list[str]:
         """Name of each class index."""
         return list(self.reader.facts.class_names)
@@ -171,17 +164,7 @@ class SemanticSegmentation(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Augmented training batches; order and augmentation are functions of (seed, epoch, row)."""
-        dataset = self.train_dataset()
-        sampler = TrainBatchSampler(
-            len(dataset),
-            self.hparams.batch_size,
-            seed=self.seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            drop_last=self._drops_last(len(dataset)),
-            trainer=self.trainer if self.trainer is not None and self.trainer.training else None,
-        )
-        return self._loader(dataset, sampler)
+        return self._repeatable_training(self.train_dataset(), self._batches)
 
     def train_dataset(self) -> SegmentationDataset:
         """The augmented training pictures, without a loader."""
@@ -253,10 +236,7 @@ class SemanticSegmentation(LightningDataModule):
     def _unlabelled(self) -> SegmentationSamples:
         if self._pictures is None:
             path = self.hparams.predict_path
-            folder = checked_folder(path, "predict_path", "the pictures to predict")
-            files = list_images(folder)
-            if not files:
-                raise FileNotFoundError(f"--data.predict_path '{path}': no picture found")
+            folder, files = pictures_to_predict(path)
             ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
             if len(set(ids)) != len(ids):
                 twice = next(name for name in ids if ids.count(name) > 1)
@@ -267,46 +247,18 @@ class SemanticSegmentation(LightningDataModule):
     # Loaders
 
     @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
-
-    def _drops_last(self, length: int) -> bool:
-        if self.hparams.drop_last is not None:
-            return self.hparams.drop_last
-        return length > 1 and length % self.hparams.batch_size == 1
+    def _batches(self) -> SegmentationBatchBuilder:
+        return SegmentationBatchBuilder(self.mean, self.std)
 
     def _evaluation_loader(self, part: str) -> DataLoader:
         dataset = SegmentationDataset(
             self._part(part), self.reader.facts, shorter_side=self.hparams.test_shorter_side, seed=self.seed
         )
-        sampler = EvaluationBatchSampler(
-            len(dataset), self.hparams.eval_batch_size, rank=self._rank, world_size=self._world_size
-        )
-        return self._loader(dataset, sampler)
-
-    def _loader(self, dataset: SegmentationDataset, sampler: Any) -> DataLoader:
-        workers = self._workers(dataset)
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=SegmentationBatchBuilder(self.mean, self.std),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=quiet_worker if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            # A generator of its own keeps the loader from drawing on the global one, which the model's noise uses.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self._repeatable_evaluation(dataset, self._batches)
 
     def _workers(self, dataset: SegmentationDataset) -> int:
-        if self.hparams.num_workers is not None:
-            return self.hparams.num_workers
         in_memory = isinstance(dataset.samples.images[0], np.ndarray)
-        return 0 if in_memory else min(2, usable_cores())
+        return 0 if in_memory and self.hparams.num_workers is None else super()._workers(dataset)
 
 
 def distinct_colours(count: int) -> list[tuple[int, int, int]]:
@@ -333,19 +285,11 @@ def _check_values(options: Any) -> None:
     """Refuse values outside their range before anything is read."""
     at_least = {"image_size": 1, "train_shorter_side": 1, "test_shorter_side": 1, "batch_size": 1}
     at_least |= {"eval_batch_size": 1, "num_workers": 0, "seed": 0, "split_seed": 0}
-    for name, least in at_least.items():
-        if options[name] is not None and options[name] < least:
-            raise ValueError(f"{name} is {options[name]}, expected {least} or more")
+    check_at_least(options, at_least)
     low_high = list(options.scale_range)
     if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
         raise ValueError(f"scale_range is {low_high}, expected two factors above 0, the smaller one first")
     if not 0 < options.max_class_ratio <= 1:
         raise ValueError(f"max_class_ratio is {options.max_class_ratio}, expected a share in (0, 1]")
-    val, test = options.val_fraction, options.test_fraction
-    if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
-        raise ValueError(f"val_fraction is {val} and test_fraction {test}, expected shares in (0, 1) that leave some")
-    for name in ("mean", "std"):
-        if options[name] is not None and len(options[name]) != 3:
-            raise ValueError(f"{name} has {len(options[name])} values, expected one per channel (3)")
-    if options.std is not None and min(options.std) <= 0:
-        raise ValueError(f"std is {options.std}, expected values above 0")
+    check_new_split(options.val_fraction, options.test_fraction)
+    check_normalisation(options, 3)

@@ -48,13 +48,11 @@ def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], weight_deca
     Returns:
         Groups for a torch optimizer; a group without parameters is left out.
     """
-    decayed, plain = [], []
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            exempt = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NEVER_DECAYED
-            (plain if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return _split_by_decay(
+        named_parameters,
+        weight_decay,
+        lambda name, parameter: parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NEVER_DECAYED,
+    )
 
 
 def groups_by_name(
@@ -70,10 +68,16 @@ def groups_by_name(
     Returns:
         Groups for a torch optimizer; a group without parameters is left out.
     """
+    return _split_by_decay(named_parameters, weight_decay, lambda name, _: exempt in name)
+
+
+def _split_by_decay(
+    named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float, is_exempt: Callable[[str, Tensor], bool]
+) -> list[dict[str, Any]]:
     decayed, plain = [], []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (plain if exempt in name else decayed).append(parameter)
+            (plain if is_exempt(name, parameter) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -147,6 +151,9 @@ def warmup_poly(step: int, warmup_steps: int, total_steps: int) -> float:
         return (step + 1) / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return (1.0 - progress) ** POLY_POWER
+
+
+DECAYS = {"cosine": warmup_cosine, "poly": warmup_poly}
 
 
 def warmup_constant(step: int, warmup_steps: int) -> float:
@@ -285,14 +292,10 @@ def with_schedule(
     """
     if schedule == "timm_cosine":
         scheduler = _timm_scheduler(module.trainer, optimizer, warmup_epochs, ends or CosineEnds())
-    elif schedule == "cosine":
+    elif schedule in DECAYS:
         total = total_steps_of(module.trainer)
         warmup = warmup_steps_of(module.trainer, warmup_epochs, total)
-        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
-    elif schedule == "poly":
-        total = total_steps_of(module.trainer)
-        warmup = warmup_steps_of(module.trainer, warmup_epochs, total)
-        scheduler = LambdaLR(optimizer, lambda step: warmup_poly(step, warmup, total))
+        scheduler = LambdaLR(optimizer, lambda step: DECAYS[schedule](step, warmup, total))
     else:
         warmup = round(warmup_epochs * steps_per_epoch(module.trainer)) if warmup_epochs else 0
         scheduler = LambdaLR(optimizer, lambda step: warmup_constant(step, warmup))

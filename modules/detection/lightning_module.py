@@ -16,6 +16,7 @@ from modules.feature_backbones import FeatureBackbone
 from modules.optimization import (
     build_optimizer,
     check_optimization,
+    groups_by_name,
     parameter_groups,
     scaled_lr,
     with_epoch_cosine,
@@ -219,7 +220,7 @@ class Detector(AuxiliaryObjectives, LightningModule):
         """AdamW with warm-up and schedule."""
         settings = self.hparams
         lr = scaled_lr(self.trainer, settings.lr, settings.lr_reference_batch)
-        make_groups = official_groups if settings.official_decay else parameter_groups
+        make_groups = groups_by_name if settings.official_decay else parameter_groups
         groups = make_groups(self.named_parameters(), settings.weight_decay)
         optimizer = build_optimizer(groups, "adamw", lr, betas=(settings.beta1, settings.beta2), momentum=0.0)
         if settings.schedule == "epoch_cosine":
@@ -291,19 +292,6 @@ class Detector(AuxiliaryObjectives, LightningModule):
         names = settings.class_names
         if names is not None and len(names) != settings.num_classes:
             raise ValueError(f"class_names: {len(names)} names for {settings.num_classes} classes")
-
-
-def official_groups(named_parameters: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of the official detection runs: no decay where the name contains ``norm``, and only there.
-
-    Args:
-        named_parameters: as ``module.named_parameters()`` gives them; those without gradient are left out.
-        weight_decay: of the decayed group.
-    """
-    named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    decayed = {"params": [value for name, value in named if "norm" not in name], "weight_decay": weight_decay}
-    plain = {"params": [value for name, value in named if "norm" in name], "weight_decay": 0.0}
-    return [group for group in (decayed, plain) if group["params"]]
 
 
 def _on_disk(boxes: list[dict[str, Tensor]], batch: Any) -> list[dict[str, Tensor]]:

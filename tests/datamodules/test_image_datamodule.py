@@ -335,7 +335,7 @@ def test_workers_stay_alive_between_epochs(class_folders):
 
 
 def test_small_sets_in_memory_need_no_workers(class_folders, monkeypatch):
-    monkeypatch.setattr("datamodules.images.usable_cores", lambda: 8)
+    monkeypatch.setattr("datamodules.repeatable_loaders.usable_cores", lambda: 8)
     options = {**SMALL, "num_workers": None}
     assert folder_of(class_folders, **options).val_dataloader().num_workers == 0
     assert folder_of(class_folders, **{**options, "cache": "none"}).val_dataloader().num_workers == 2

@@ -563,7 +563,7 @@ def test_a_folder_without_masks(tmp_path):
 
 
 def test_a_folder_to_predict_without_pictures(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--data.predict_path '.*': no picture found"):
+    with pytest.raises(FileNotFoundError, match=r"--data.predict_path '.*': no image found"):
         data(predict_path=str(tmp_path)).setup("predict")
 
 

@@ -7,8 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_apps.exporting import write_onnx
-from modules.detection.lightning_module import official_groups
-from modules.optimization import epoch_cosine
+from modules.optimization import epoch_cosine, groups_by_name
 from tests.distributed import run_ranks
 from tests.modules.boxes import BACKBONE, SIDE, box_loader, detection_batch, detector
 from tests.modules.toy_images import quiet_trainer, silence
@@ -101,7 +100,7 @@ def test_no_decay_on_one_axis_and_the_official_grouping():
             self.frozen = nn.Linear(1, 1).requires_grad_(False)
 
     parts = Parts()
-    decayed, plain = official_groups(parts.named_parameters(), 0.1)
+    decayed, plain = groups_by_name(parts.named_parameters(), 0.1)
     assert decayed == {"params": list(parts.bn.parameters()), "weight_decay": 0.1}
     assert plain == {"params": list(parts.norm.parameters()), "weight_decay": 0.0}
 
