@@ -1,7 +1,6 @@
 """Every shipped BOLT configuration: composed by the real command line, and one step on a data set in its layout."""
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 
 from lightning_apps.bolt import APP
 from lightning_apps.cli import AppCLI
-from lightning_apps.config_files import SHIPPED, shipped_names
-from lightning_apps.run_folder import ENVIRONMENT
+from lightning_apps.config_files import SHIPPED
+from tests.configs.recipes import arguments, read, recipes
 from tests.data_layouts import write_aptos, write_isic, write_medmnist
 
-NAMES = [name.removesuffix(".yaml") for name in shipped_names("bolt")]
+NAMES = recipes("bolt")
 ROWS = [name for name in NAMES if "/ablation_" in name]
 BASE_ROW = "bolt/ablation_1view"
 BRANCHED = "modules.bolt.BOLT"
@@ -56,23 +54,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
-
-
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-
-
-def arguments(name: str, part: str = "model") -> dict[str, Any]:
-    return read(name)[part]["init_args"]
-
-
-@pytest.fixture(autouse=True)
-def own_run_folder(tmp_path, monkeypatch):
-    """Each command line of a test is a process of its own in reality; the folder of its run must not be handed on."""
-    monkeypatch.chdir(tmp_path)
-    os.environ.pop(ENVIRONMENT, None)
-    yield
-    os.environ.pop(ENVIRONMENT, None)
 
 
 @pytest.fixture(scope="module")

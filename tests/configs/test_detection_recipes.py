@@ -4,46 +4,27 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 
 import modules.emo  # noqa: F401  registers the networks in timm
 from lightning_apps.cli import AppCLI
-from lightning_apps.config_files import SHIPPED, shipped_names
+from lightning_apps.config_files import SHIPPED
 from lightning_apps.emo import APP
 from lightning_apps.run_folder import ENVIRONMENT
+from tests.configs.recipes import arguments, read, recipes
 from tests.data_layouts import write_camvid, write_coco
 
 DETECTOR = "modules.detection.Detector"
 SIDE, BATCH = 64, 2
 
 
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-
-
-def arguments(name: str, part: str = "model") -> dict[str, Any]:
-    return read(name)[part]["init_args"]
-
-
-ALL = [name.removesuffix(".yaml") for name in shipped_names("emo")]
-NAMES = [name for name in ALL if read(name)["model"]["class_path"] == DETECTOR]
+NAMES = recipes("emo", DETECTOR)
 COCO = [name for name in NAMES if "/coco_" in name]
-
-
-@pytest.fixture(autouse=True)
-def own_run_folder(tmp_path, monkeypatch):
-    """Each command line of a test is a process of its own in reality; the folder of its run must not be handed on."""
-    monkeypatch.chdir(tmp_path)
-    os.environ.pop(ENVIRONMENT, None)
-    yield
-    os.environ.pop(ENVIRONMENT, None)
 
 
 @pytest.fixture(scope="module")

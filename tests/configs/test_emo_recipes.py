@@ -1,21 +1,18 @@
 """Every shipped EMO configuration for classification: composed by the real command line, and one step on its layout."""
 
 import math
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
-import yaml
 
 import modules.emo  # noqa: F401  registers the networks in timm
 from lightning_apps.cli import AppCLI
-from lightning_apps.config_files import SHIPPED, shipped_names
+from lightning_apps.config_files import SHIPPED
 from lightning_apps.emo import APP
-from lightning_apps.run_folder import ENVIRONMENT
 from modules.optimization import CosineEnds, timm_cosine
+from tests.configs.recipes import arguments, read, recipes
 from tests.data_layouts import save_image
 
 CLASSIFIER = "modules.classification.ImageClassifier"
@@ -26,26 +23,8 @@ PARAMETERS = {"emo_1m": 1_361_168, "emo_2m": 2_377_472, "emo_5m": 5_108_848, "em
 DROP_PATH = {"emo_1m": 0.04036, "emo_2m": 0.05, "emo_5m": 0.05, "emo_6m": 0.05}
 
 
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-
-
-def arguments(name: str, part: str = "model") -> dict[str, Any]:
-    return read(name)[part]["init_args"]
-
-
-ALL = [name.removesuffix(".yaml") for name in shipped_names("emo")]
-NAMES = [name for name in ALL if read(name)["model"]["class_path"] == CLASSIFIER]
+NAMES = recipes("emo", CLASSIFIER)
 IMAGENET = [name for name in NAMES if "/imagenet_" in name]
-
-
-@pytest.fixture(autouse=True)
-def own_run_folder(tmp_path, monkeypatch):
-    """Each command line of a test is a process of its own in reality; the folder of its run must not be handed on."""
-    monkeypatch.chdir(tmp_path)
-    os.environ.pop(ENVIRONMENT, None)
-    yield
-    os.environ.pop(ENVIRONMENT, None)
 
 
 @pytest.fixture(scope="module")

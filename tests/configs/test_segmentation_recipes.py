@@ -1,21 +1,18 @@
 """Every shipped recipe of segmentation: composed by the real command line, and one step on data in its layout."""
 
 import math
-import os
 import re
-from typing import Any
 
 import pytest
 import timm
 import torch
-import yaml
 
 import modules.emo  # noqa: F401  registers its models in timm
 from lightning_apps.cli import AppCLI
-from lightning_apps.config_files import SHIPPED, shipped_names
+from lightning_apps.config_files import SHIPPED
 from lightning_apps.emo import APP
-from lightning_apps.run_folder import ENVIRONMENT
 from modules.segmentation import DenseSegmenter, build_network
+from tests.configs.recipes import arguments, read, recipes
 from tests.data_layouts import write_ade20k, write_camvid
 
 SEGMENTER = "modules.segmentation.DenseSegmenter"
@@ -32,33 +29,8 @@ PUBLISHED = {
 NEEDS_PACKAGE = {"semantic_fpn", "segformer", "upernet"}
 
 
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-
-
-def model(name: str) -> dict[str, Any]:
-    return read(name)["model"]["init_args"]
-
-
-def data(name: str) -> dict[str, Any]:
-    return read(name)["data"]["init_args"]
-
-
-NAMES = [
-    name
-    for name in (name.removesuffix(".yaml") for name in shipped_names("emo"))
-    if read(name)["model"]["class_path"] == SEGMENTER
-]
+NAMES = recipes("emo", SEGMENTER)
 ADE20K = [name for name in NAMES if "ade20k" in name]
-
-
-@pytest.fixture(autouse=True)
-def own_run_folder(tmp_path, monkeypatch):
-    """Each command line of a test is a process of its own in reality; the folder of its run must not be handed on."""
-    monkeypatch.chdir(tmp_path)
-    os.environ.pop(ENVIRONMENT, None)
-    yield
-    os.environ.pop(ENVIRONMENT, None)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +41,7 @@ def roots(tmp_path_factory):
 
 def one_step(name: str, folder, root) -> AppCLI:
     """`fit` of one small training batch and one validation picture."""
-    backbone = model(name)["backbone"]
+    backbone = arguments(name)["backbone"]
     torch.save(timm.create_model(backbone).state_dict(), folder / "weights.pth")
     options = [
         *("--run.root", str(folder / "runs")),
@@ -92,14 +64,14 @@ def check_one_step(name: str, folder, root) -> None:
     metrics = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
     assert math.isfinite(metrics["train/loss"])
     assert metrics["val/main"] == metrics["val/miou"]
-    assert ("train/auxiliary_loss" in metrics) == (model(name)["auxiliary_weight"] > 0)
+    assert ("train/auxiliary_loss" in metrics) == (arguments(name)["auxiliary_weight"] > 0)
     assert list((run / "media/val/classes").iterdir())
     assert list((run / "media/val/segmentation").iterdir())
     facts = cli.model.hparams
-    assert facts.num_classes == {"ade20k": 150, "camvid": 11}[data(name)["layout"]]
+    assert facts.num_classes == {"ade20k": 150, "camvid": 11}[arguments(name, "data")["layout"]]
     assert len(facts.palette) == len(facts.class_names) == facts.num_classes
-    reference = model(name)["lr_reference_batch"]
-    peak = model(name)["lr"] * (BATCH / reference if reference else 1)
+    reference = arguments(name)["lr_reference_batch"]
+    peak = arguments(name)["lr"] * (BATCH / reference if reference else 1)
     rates = [group["initial_lr"] for group in cli.trainer.optimizers[0].param_groups]
     assert rates == pytest.approx([peak] * len(rates))
 
@@ -111,9 +83,7 @@ def test_a_recipe_trains_quickly(tmp_path, roots):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "emo/ade20k_pspnet_1m"])
 def test_a_recipe_trains(name, tmp_path, roots):
-    if model(name)["head"] in NEEDS_PACKAGE:
-        pytest.importorskip("segmentation_models_pytorch")
-    check_one_step(name, tmp_path, roots[data(name)["layout"]])
+    check_one_step(name, tmp_path, roots[arguments(name, "data")["layout"]])
 
 
 def test_all_recipes_are_there():
@@ -136,12 +106,12 @@ def test_a_recipe_is_a_complete_configuration(name):
     assert re.findall(r"--config (\S+)", text) == [f"{name}.yaml"]
     told = "no official number" in text
     assert told == (name in ADE20K and name not in PUBLISHED)
-    assert ("lightning-apps[dense]" in text) == (model(name)["head"] in NEEDS_PACKAGE)
+    assert ("lightning-apps[dense]" in text) == (arguments(name)["head"] in NEEDS_PACKAGE)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_network_is_the_published_one(name):
-    settings = model(name)
+    settings = arguments(name)
     with torch.device("meta"):
         network = build_network(settings["backbone"], settings["head"], 150, options=settings["backbone_options"])
     assert sum(parameter.numel() for parameter in network.parameters()) == PUBLISHED[name]
@@ -150,7 +120,7 @@ def test_the_network_is_the_published_one(name):
 @pytest.mark.parametrize("name", ADE20K)
 def test_the_schedule_is_the_published_one(name):
     """Section 6: crop 512, scale 0.5 to 2 of (2048, 512), batch 8 x 4, 80 000 steps, AdamW 1.2e-4, poly, no warm-up."""
-    settings, pictures, trainer = model(name), data(name), read(name)["trainer"]
+    settings, pictures, trainer = arguments(name), arguments(name, "data"), read(name)["trainer"]
     assert (pictures["image_size"], pictures["train_shorter_side"], pictures["test_shorter_side"]) == (512, 512, 512)
     assert (pictures["scale_range"], pictures["max_class_ratio"]) == ([0.5, 2.0], 0.75)
     assert pictures["batch_size"] * trainer["devices"] == settings["lr_reference_batch"] == 32
@@ -165,6 +135,6 @@ def test_the_schedule_is_the_published_one(name):
 
 def test_the_defaults_of_the_module_are_those_of_the_recipe():
     module = DenseSegmenter("mobilenetv3_small_050").hparams
-    settings = model("emo/ade20k_deeplabv3_1m")
+    settings = arguments("emo/ade20k_deeplabv3_1m")
     same = ("head", "output_stride", "dropout", "auxiliary_weight", "optimizer", "lr", "weight_decay", "schedule")
     assert {key: module[key] for key in same} == {key: settings[key] for key in same}

@@ -104,7 +104,8 @@ def test_two_processes_train_and_score_as_one_checkpoint(work):
 
 
 def test_bfloat16_trains(work):
-    run(work, "fit", *SHORT, "--trainer.precision", "bf16-mixed", "--run.name", "bf16", app="emo")
+    longer = ["--trainer.limit_train_batches", "20", "--trainer.precision", "bf16-mixed", "--run.name", "bf16"]
+    run(work, "fit", *SHORT, *longer, app="emo")
     losses = [float(row["train/loss"]) for row in rows(work / "runs/emo/bf16/metrics.csv") if row.get("train/loss")]
     assert len(losses) == 2
-    assert losses[-1] < 4
+    assert losses[1] < 0.85 * losses[0]

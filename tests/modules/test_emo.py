@@ -372,12 +372,12 @@ def test_exported_program_takes_any_batch() -> None:
 
 
 def test_onnx_equals_torch_for_any_batch(emo_1m: EMO, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     model = timm.create_model("emo_1m", window_size=0).eval()
     model.load_state_dict(emo_1m.state_dict())
     write_onnx(model, tmp_path / "emo.onnx", channels=3, size=64, opset=18, tolerance=1e-5)
-    session = runtime.InferenceSession(str(tmp_path / "emo.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "emo.onnx"), providers=["CPUExecutionProvider"])
     for number in (1, 8):
         x = images(number, 3, 64, 64)
         with torch.no_grad():
@@ -386,7 +386,8 @@ def test_onnx_equals_torch_for_any_batch(emo_1m: EMO, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decoder", ["Unet", "FPN", "PSPNet", "Segformer", "UPerNet", "DeepLabV3", "DeepLabV3Plus"])
 def test_decoders_take_it_as_encoder(decoder: str) -> None:
-    smp = pytest.importorskip("segmentation_models_pytorch")
+    import segmentation_models_pytorch as smp
+
     model = getattr(smp, decoder)("tu-emo_1m", encoder_weights=None, classes=4).eval()
     with torch.no_grad():
         assert model(images(1, 3, 64, 96)).shape == (1, 4, 64, 96)

@@ -93,11 +93,12 @@ def test_parameters_are_the_published_ones(setting):
 @pytest.mark.parametrize("setting", [("emo_1m", "deeplabv3"), ("emo_1m", "pspnet"), ("emo_5m", "deeplabv3")])
 def test_macs_are_the_published_ones(setting):
     """Counted as the authors do: convolutions, matrix products and norms, without the resizing of logits."""
-    fvcore = pytest.importorskip("fvcore.nn")
+    from fvcore.nn import FlopCountAnalysis
+
     backbone, head = setting
     options = {"window_size": 16} if backbone == "emo_5m" else {}
     network = build_network(backbone, head, 150, options=options, auxiliary=False).eval()
-    count = fvcore.FlopCountAnalysis(network, torch.zeros(1, 3, 512, 512))
+    count = FlopCountAnalysis(network, torch.zeros(1, 3, 512, 512))
     count = count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     by_kind = count.by_operator()
     macs = count.total() - by_kind["upsample_bilinear2d"]
@@ -155,8 +156,6 @@ def test_logits_are_resized_without_aligned_corners():
 @pytest.mark.parametrize("head", ["deeplabv3", "pspnet", *PYRAMID_HEADS])
 @pytest.mark.parametrize("size", [(64, 64), (70, 90)])
 def test_logits_have_the_size_of_the_images(head, size):
-    if head in PYRAMID_HEADS:
-        pytest.importorskip("segmentation_models_pytorch")
     network = build_network(TINY_BACKBONE, head, 7).eval()
     images = torch.randn(2, 3, *size)
     logits, auxiliary = network.forward_both(images)
@@ -166,8 +165,6 @@ def test_logits_have_the_size_of_the_images(head, size):
 
 @pytest.mark.parametrize("head", ["deeplabv3", "pspnet", *PYRAMID_HEADS])
 def test_a_network_is_exported_for_any_batch(head):
-    if head in PYRAMID_HEADS:
-        pytest.importorskip("segmentation_models_pytorch")
     network = build_network(TINY_BACKBONE, head, 7, auxiliary=False).eval()
     program = torch.export.export(
         network, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
@@ -200,7 +197,6 @@ def test_output_stride_is_passed_to_the_backbone(stride, side):
 
 def test_images_are_padded_for_heads_that_read_a_pyramid():
     """What is padded at the right and at the bottom does not shift the logits."""
-    pytest.importorskip("segmentation_models_pytorch")
     network = build_network(TINY_BACKBONE, "semantic_fpn", 5).eval()
     images = torch.randn(1, 3, 50, 70)
     padded = torch.zeros(1, 3, 64, 96)
