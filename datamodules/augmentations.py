@@ -77,6 +77,10 @@ class SeededPipeline:
     """
 
     def __init__(self, build: "Callable[[], Sequence[BasicTransform]]", options: dict[str, Any] | None = None) -> None:
+        # Loaded here, as a first import in a forked loading process fails while W&B watches what is imported.
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        import albumentations  # noqa: F401
+
         self.build, self.options = build, dict(options or {})
         self._compose: Compose | None = None
 
@@ -208,7 +212,6 @@ def transforms(subject: Subject, strength: Strength, image_size: int) -> "list[B
 
 
 def _padded_crop(image_size: int, padding: int, flip: bool) -> "list[BasicTransform]":
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as alb
     import cv2
 

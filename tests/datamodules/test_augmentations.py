@@ -1,4 +1,6 @@
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from math import comb
 
@@ -188,3 +190,18 @@ def test_enlarging_agrees_with_pillow():
     enlarged = resize(smooth[..., None], 56)[..., 0]
     reference = np.asarray(Image.fromarray(smooth).resize((56, 56), Image.Resampling.BICUBIC))
     assert np.abs(enlarged.astype(int) - reference).mean() < 1.5
+
+
+@pytest.mark.slow
+def test_loading_processes_start_while_wandb_watches_imports(tmp_path):
+    """Its hooks on first imports, such as that of albumentations, refuse to run in a forked process."""
+    code = (
+        "import wandb; run = wandb.init(mode='offline')\n"
+        "from datamodules import SemanticSegmentation\n"
+        "loader = SemanticSegmentation(num_workers=1, batch_size=2).train_dataloader()\n"
+        "print(next(iter(loader)).images.shape)\n"
+        "run.finish()\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "torch.Size([2, 3, 64, 64])" in result.stdout, result.stderr
