@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -63,8 +64,8 @@ class FeatureBackbone(nn.Module):
     def train(self, mode: bool = True) -> "FeatureBackbone":
         """Frozen stages, and with ``norm_eval`` all batch statistics, stay in evaluation mode."""
         super().train(mode)
-        for stage in self._frozen:
-            stage.eval()
+        for name in self._frozen:
+            self.body.get_submodule(name).eval()
         if self.norm_eval:
             for module in self.body.modules():
                 if isinstance(module, _BatchNorm):
@@ -121,17 +122,50 @@ class FeatureBackbone(nn.Module):
                 f"{self.options or 'no options'}: {error}"
             ) from error
 
-    def _freeze(self) -> list[nn.Module]:
-        """Stop the gradients of the first stages and return their modules."""
+    def _freeze(self) -> list[str]:
+        """Stop the gradients of the first stages and return the names of their modules.
+
+        Names, since a conversion to norms with statistics over all processes puts others in the place of some modules.
+        """
         if not self.frozen_stages:
             return []
         names = [info["module"] for info in self.body.feature_info.info]
         if not 0 < self.frozen_stages <= len(names):
             raise ValueError(f"frozen_stages: {self.frozen_stages}, but {self.name} has {len(names)} stages")
-        frozen: list[nn.Module] = []
+        frozen: list[str] = []
         if not _collect_until(self.body, names[self.frozen_stages - 1].replace("_", "."), "", frozen):
             raise ValueError(f"frozen_stages: the stages of {self.name} cannot be told apart; use frozen_stages: 0")
-        return [module.requires_grad_(False) for module in frozen]
+        for name in frozen:
+            self.body.get_submodule(name).requires_grad_(False)
+        return frozen
+
+
+def indices_of_reductions(
+    name: str, strides: Sequence[int], in_channels: int = 3, options: dict[str, Any] | None = None
+) -> list[int]:
+    """Stages of a timm model, in the numbering of its ``feature_info``, whose maps have the given strides.
+
+    Of several stages with one stride the last counts.
+
+    Args:
+        name: timm model name.
+        strides: of the maps, without dilation.
+        in_channels: channels of the input.
+        options: further arguments of the timm model.
+
+    Raises:
+        ValueError: for an unknown name or a model without such a map.
+    """
+    import timm
+
+    require_timm_model(name, "backbone")
+    with torch.device("meta"):
+        model = timm.create_model(name, features_only=True, in_chans=in_channels, **{"pretrained": False, **(options or {})})
+    reductions = dict(zip(model.feature_info.reduction(), model.feature_info.out_indices, strict=True))
+    missing = [stride for stride in strides if stride not in reductions]
+    if missing:
+        raise ValueError(f"backbone: {name} has no map of stride {missing[0]}, only {', '.join(map(str, reductions))}")
+    return [reductions[stride] for stride in strides]
 
 
 def _part_of(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -144,15 +178,16 @@ def _part_of(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str,
     return None
 
 
-def _collect_until(parent: nn.Module, last: str, prefix: str, found: list[nn.Module]) -> bool:
-    """Gather modules in the order they run, up to the one named ``last``; timm flattens some ``a.b`` to ``a_b``."""
+def _collect_until(parent: nn.Module, last: str, prefix: str, found: list[str]) -> bool:
+    """Gather names of modules in the order they run, up to ``last``; timm flattens some ``a.b`` to ``a_b``."""
     for name, child in parent.named_children():
-        path = f"{prefix}{name}".replace("_", ".")
-        if last.startswith(f"{path}."):
+        path = f"{prefix}{name}"
+        dotted = path.replace("_", ".")
+        if last.startswith(f"{dotted}."):
             if _collect_until(child, last, f"{path}.", found):
                 return True
             continue
-        found.append(child)
-        if path == last:
+        found.append(path)
+        if dotted == last:
             return True
     return False

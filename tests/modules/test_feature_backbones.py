@@ -1,8 +1,10 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from modules.feature_backbones import FeatureBackbone
+from modules.segmentation.lightning_module import synchronise_statistics
 
 SMALL = "mobilenetv3_small_050"
 
@@ -90,6 +92,24 @@ def test_frozen_stages_keep_weights_and_statistics(name, frozen, last, free):
     assert any(key.endswith("weight") for key in moved)
     if name != "convnext_atto":
         assert any(key.endswith("running_mean") for key in moved)
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "layer1"), (SMALL, "blocks.0"), ("emo_1m", "stage1")])
+def test_frozen_stages_stay_so_with_statistics_over_all_processes(name, last):
+    """The conversion puts other norms in the place of those that were frozen; a CPU can make it, though not run it."""
+    frozen, partly = (FeatureBackbone(name, (-2, -1), frozen_stages=2, norm_eval=flag) for flag in (False, True))
+    for backbone in (frozen, partly):
+        synchronise_statistics(backbone).eval().train()
+    norms = {key: part for key, part in frozen.body.named_modules() if isinstance(part, nn.SyncBatchNorm)}
+    order = list(dict(frozen.body.named_modules()))
+    end = max(place for place, key in enumerate(order) if f"{key}.".startswith(f"{last}."))
+    first = [part for key, part in norms.items() if order.index(key) <= end]
+    assert first
+    assert not any(part.training or part.weight.requires_grad for part in first)
+    rest = [part for part in norms.values() if part not in first]
+    assert rest
+    assert all(part.training and part.weight.requires_grad for part in rest)
+    assert not any(part.training for part in partly.modules() if isinstance(part, nn.SyncBatchNorm))
 
 
 def test_norm_eval_keeps_all_statistics_and_trains_all_weights():
