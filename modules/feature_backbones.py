@@ -160,7 +160,9 @@ def indices_of_reductions(
 
     require_timm_model(name, "backbone")
     with torch.device("meta"):
-        model = timm.create_model(name, features_only=True, in_chans=in_channels, **{"pretrained": False, **(options or {})})
+        model = timm.create_model(
+            name, features_only=True, in_chans=in_channels, **{"pretrained": False, **(options or {})}
+        )
     reductions = dict(zip(model.feature_info.reduction(), model.feature_info.out_indices, strict=True))
     missing = [stride for stride in strides if stride not in reductions]
     if missing:

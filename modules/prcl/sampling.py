@@ -75,9 +75,7 @@ def draw_negatives(
     return pools.draw(classes, uniform).view(-1, anchors, negatives)
 
 
-def draw_anchors(
-    pools: ClassPools, classes: Tensor, anchors: int, generator: torch.Generator | None = None
-) -> Tensor:
+def draw_anchors(pools: ClassPools, classes: Tensor, anchors: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw Q anchors of each given class with replacement: (P, Q) int64 rows of pixels.
 
     Args:

@@ -1,14 +1,12 @@
 """Semantic segmentation with any timm backbone and one of five heads."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from modules.optimization import (
     OptimizerName,
@@ -19,8 +17,8 @@ from modules.optimization import (
     scaled_lr,
     with_schedule,
 )
-from modules.segmentation.heads import resize_logits
-from modules.segmentation.metrics import METRIC_NAMES, VOID, SegmentationScores, pixel_cross_entropy
+from modules.segmentation.evaluation import EvaluationScores, logits_at_mask_size
+from modules.segmentation.metrics import METRIC_NAMES, VOID, pixel_cross_entropy
 from modules.segmentation.network import SINGLE_MAP_HEADS, HeadName, build_network, sliding_logits
 from modules.segmentation.pictures import hue_palette, panel
 
@@ -125,9 +123,7 @@ class DenseSegmenter(LightningModule):
         )
         weights = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights)
-        self.scores = nn.ModuleDict({stage: SegmentationScores(num_classes) for stage in ("val", "test")})
-        # A metric, so that processes are reduced together whatever each of them has seen.
-        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self.scores = nn.ModuleDict({stage: EvaluationScores(num_classes) for stage in ("val", "test")})
 
     @property
     def palette(self) -> list[list[int]]:
@@ -208,7 +204,7 @@ class DenseSegmenter(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Index (B,) and a list of B masks (H, W) uint8 of the size of the pictures on disk."""
-        masks = [logits.argmax(1).byte() for logits, _ in self._at_mask_size(batch)]
+        masks = [logits.argmax(1).byte() for logits, _ in logits_at_mask_size(self, batch)]
         return {"index": batch.index, "masks": [mask for group in masks for mask in group]}
 
     def pictures(self, batch: Any) -> dict[str, list[tuple[Tensor, str]]]:
@@ -228,26 +224,10 @@ class DenseSegmenter(LightningModule):
         return {"val/segmentation": shown}
 
     def _evaluate(self, batch: Any, stage: str) -> dict[str, Any]:
-        found = []
-        for logits, masks in self._at_mask_size(batch):
-            predictions = logits.argmax(1)
-            found += list(predictions)
-            self.scores[stage].update(predictions, masks)
-            for one, mask in zip(logits, masks, strict=True):
-                if (mask != VOID).any():
-                    self.losses[stage].update(pixel_cross_entropy(one[None], mask[None]))
+        found: list[Tensor] = []
+        for logits, masks in logits_at_mask_size(self, batch):
+            found += list(self.scores[stage].update(logits, masks))
         return {"index": batch.index, "masks": found}
-
-    def _at_mask_size(self, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (b, C, H, W) with masks (b, H, W): the whole batch, or one by one where pictures differ in size."""
-        images, masks = batch.images, batch.masks
-        groups = (
-            [(images, masks)]
-            if isinstance(images, Tensor)
-            else [(image[None], mask[None]) for image, mask in zip(images, masks, strict=True)]
-        )
-        for some_images, some_masks in groups:
-            yield resize_logits(self(some_images).float(), some_masks.shape[1:]), some_masks
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics and, as ``val/main``, the main one."""
@@ -263,7 +243,7 @@ class DenseSegmenter(LightningModule):
         Args:
             stage: ``val`` or ``test``.
         """
-        return self.scores[stage].compute()["confusion"]
+        return self.scores[stage].confusion()
 
     def evaluation_scores(self, stage: str) -> dict[str, Tensor]:
         """Compute and reset what the evaluation steps have gathered; empty without a labelled pixel.
@@ -274,16 +254,13 @@ class DenseSegmenter(LightningModule):
         Returns:
             Scores by the names they are logged under; ``<stage>/main`` is the one that a run is selected by.
         """
-        scores, losses = self.scores[stage], self.losses[stage]
-        values = scores.compute()
-        loss = losses.compute()
-        scores.reset()
-        losses.reset()
-        if not values["confusion"].any():
+        values = self.scores[stage].result()
+        if not values:
             rank_zero_warn(f"{stage}: no labelled pixel, so there are no metrics.")
             return {}
-        named = {f"{stage}/{name}": values[name] for name in METRIC_NAMES}
-        return named | {f"{stage}/loss": loss, f"{stage}/main": values[self.hparams.main_metric]}
+        return {f"{stage}/{name}": value for name, value in values.items()} | {
+            f"{stage}/main": values[self.hparams.main_metric]
+        }
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Optimizer with own rates for backbone and heads, and the schedule."""

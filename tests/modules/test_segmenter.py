@@ -95,7 +95,7 @@ def test_evaluation_compares_at_the_size_of_the_masks():
     for name in ("miou", "aacc", "macc"):
         assert values[f"val/{name}"].item() == pytest.approx(reference.compute()[name].item(), abs=1e-6)
     assert values["val/loss"].item() == pytest.approx(sum(losses) / 3, abs=1e-5)
-    assert not module.scores["val"].confmat.any()
+    assert not module.scores["val"].counts.confmat.any()
 
 
 def test_pictures_of_different_sizes_are_evaluated_one_by_one():

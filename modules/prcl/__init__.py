@@ -1,0 +1,1 @@
+"""PRCL: semi-supervised segmentation with probabilistic representations."""
