@@ -77,17 +77,19 @@ class RepeatableLoaders(LightningDataModule):
         )
 
 
-def pictures_to_predict(path: str) -> tuple[Path, list[Path]]:
-    """The folder of the option ``predict_path``, and the pictures below it.
+def pictures_to_predict(
+    path: str, option: str = "predict_path", purpose: str = "the pictures to predict"
+) -> tuple[Path, list[Path]]:
+    """The folder that an option names, and the pictures below it.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no picture in it.
         NotADirectoryError: If it is a file.
     """
-    folder = checked_folder(path, "predict_path", "the pictures to predict")
+    folder = checked_folder(path, option, purpose)
     files = list_images(folder)
     if not files:
-        raise FileNotFoundError(f"--data.predict_path '{path}': no image found")
+        raise FileNotFoundError(f"--data.{option} '{path}': no image found")
     return folder, files
 
 

@@ -62,6 +62,7 @@ class SegmentationDataset(Dataset[SegmentationSample]):
         pipeline: Changes picture and mask alike; None for evaluation, where the mask stays as it is.
         shorter_side: In evaluation, see :func:`scaled_size`.
         seed: First part of the key.
+        view: Last part of the key; data sets that are trained on side by side differ in it.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class SegmentationDataset(Dataset[SegmentationSample]):
         pipeline: SeededPipeline | None = None,
         shorter_side: int | None = None,
         seed: int = 0,
+        view: int = 0,
     ) -> None:
         self.samples, self.facts = samples, facts
-        self.pipeline, self.shorter_side, self.seed = pipeline, shorter_side, seed
+        self.pipeline, self.shorter_side = pipeline, shorter_side
+        self.seed, self.view = seed, view
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,29 +86,29 @@ class SegmentationDataset(Dataset[SegmentationSample]):
         epoch, pass_, row = (0, 0, int(key)) if isinstance(key, int | np.integer) else key
         image, mask = self.read(row)
         if self.pipeline is not None:
-            changed = self.pipeline.apply((self.seed, epoch, pass_, row, 0), image=image, mask=mask)
+            changed = self.pipeline.apply((self.seed, epoch, pass_, row, self.view), image=image, mask=mask)
             return SegmentationSample(changed["image"], changed["mask"], row)
         return SegmentationSample(self._resize(image), mask, row)
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return picture (H, W, 3) uint8 and mask (H, W) uint8 class indices, both as on disk.
 
+        A picture without labels has a mask of void.
+
         Raises:
             UnreadableImageError: If a file cannot be decoded.
             ValueError: If the mask has another size than the picture, or a value that stands for nothing.
         """
         image = read_picture(self.samples.images[row])
-        if self.samples.masks is None:
+        mask = None if self.samples.masks is None else self.samples.masks[row]
+        if mask is None:
             return image, np.full(image.shape[:2], VOID, dtype=np.uint8)
-        values, source = read_mask_values(self.samples.masks[row]), self._source(row)
+        values = read_mask_values(mask)
+        source = f"mask of {self.samples.ids[row]}" if isinstance(mask, np.ndarray) else str(mask)
         if values.shape != image.shape[:2]:
             have, want = (f"{width}x{height}" for height, width in (values.shape, image.shape[:2]))
             raise ValueError(f"{source}: the mask is {have} pixels, but its picture {want}; they must be of one size")
         return image, self.facts.class_indices(values, source)
-
-    def _source(self, row: int) -> str:
-        mask = self.samples.masks[row]
-        return f"mask of {self.samples.ids[row]}" if isinstance(mask, np.ndarray) else str(mask)
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
         size = scaled_size(image.shape[:2], self.shorter_side)

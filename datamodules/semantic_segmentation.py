@@ -1,8 +1,8 @@
-"""Pictures with a class for each pixel: ADE20K, CamVid, folders, and a small set that needs no download."""
+"""Pictures with a class for each pixel: ADE20K, CamVid, Cityscapes, VOC, folders, and a small set without download."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader
 from datamodules.augmentations import SeededPipeline
 from datamodules.readers.ade20k import Ade20kReader
 from datamodules.readers.camvid import CamvidReader
+from datamodules.readers.cityscapes import CityscapesReader
 from datamodules.readers.mask_folder import MaskFolderReader
-from datamodules.readers.segmentation_samples import SegmentationReader, SegmentationSamples
+from datamodules.readers.segmentation_samples import SegmentationReader, SegmentationSamples, distinct_colours
 from datamodules.readers.shapes import ShapesReader
+from datamodules.readers.voc import VocReader
 from datamodules.repeatable_loaders import (
     RepeatableLoaders,
     check_at_least,
@@ -27,6 +29,8 @@ from datamodules.splits import PARTS, stratified_split
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
+Layout = Literal["shapes", "ade20k", "camvid", "voc", "cityscapes", "folder"]
+
 
 class SemanticSegmentation(RepeatableLoaders):
     """Pictures with masks for training, evaluation and prediction.
@@ -39,7 +43,8 @@ class SemanticSegmentation(RepeatableLoaders):
     Args:
         layout: ``shapes`` (hand-written digits on photographs, 64 pixels, made from scikit-learn's), ``ade20k``
             (``ADEChallengeData2016/{images,annotations}/{training,validation}``), ``camvid`` (``{train,val,test}.txt``
-            with the paths of pictures and masks) or ``folder`` (``images/`` and ``masks/``).
+            with the paths of pictures and masks), ``voc`` (``VOC2012``, with ``SegmentationClassAug`` if it is there),
+            ``cityscapes`` (``leftImg8bit`` and ``gtFine``) or ``folder`` (``images/`` and ``masks/``).
         root: Folder of the data set; not needed for ``shapes``.
         classes: Number of classes of a ``folder`` without ``classes.txt``.
         image_size: Side of the training crops in pixels; None for the data set's usual one.
@@ -73,7 +78,7 @@ class SemanticSegmentation(RepeatableLoaders):
 
     def __init__(
         self,
-        layout: Literal["shapes", "ade20k", "camvid", "folder"] = "shapes",
+        layout: Layout = "shapes",
         root: str | None = None,
         classes: int | None = None,
         image_size: int | None = None,
@@ -99,7 +104,7 @@ class SemanticSegmentation(RepeatableLoaders):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
-        _check_values(self.hparams)
+        self._check_options()
         self.reader = self.make_reader()
         self._parts: dict[str, SegmentationSamples] | None = None
         self._pictures: SegmentationSamples | None = None
@@ -113,9 +118,29 @@ class SemanticSegmentation(RepeatableLoaders):
             return Ade20kReader(options.root)
         if options.layout == "camvid":
             return CamvidReader(options.root)
+        if options.layout == "voc":
+            return VocReader(options.root)
+        if options.layout == "cityscapes":
+            return CityscapesReader(options.root)
         if options.layout == "folder":
             return MaskFolderReader(options.root, options.classes)
-        raise ValueError(f"layout '{options.layout}' is unknown; expected shapes, ade20k, camvid or folder")
+        known = ", ".join(get_args(Layout))
+        raise ValueError(f"layout '{options.layout}' is unknown; expected one of {known}")
+
+    def _check_options(self) -> None:
+        """Refuse values outside their range before anything is read."""
+        options = self.hparams
+        self._check_shared_options()
+        check_at_least(options, {"image_size": 1})
+        check_scales("scale_range", options.scale_range)
+        if not 0 < options.max_class_ratio <= 1:
+            raise ValueError(f"max_class_ratio is {options.max_class_ratio}, expected a share in (0, 1]")
+
+    def _check_shared_options(self) -> None:
+        at_least = {"train_shorter_side": 1, "test_shorter_side": 1, "batch_size": 1, "eval_batch_size": 1}
+        check_at_least(self.hparams, at_least | {"num_workers": 0, "seed": 0, "split_seed": 0})
+        check_new_split(self.hparams.val_fraction, self.hparams.test_fraction)
+        check_normalisation(self.hparams, 3)
 
     @property
     def class_names(self) -> list[str]:
@@ -235,13 +260,7 @@ class SemanticSegmentation(RepeatableLoaders):
 
     def _unlabelled(self) -> SegmentationSamples:
         if self._pictures is None:
-            path = self.hparams.predict_path
-            folder, files = pictures_to_predict(path)
-            ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
-            if len(set(ids)) != len(ids):
-                twice = next(name for name in ids if ids.count(name) > 1)
-                raise ValueError(f"--data.predict_path '{path}': two pictures are called '{twice}'; rename one of them")
-            self._pictures = SegmentationSamples(ids, files)
+            self._pictures = pictures_without_masks(self.hparams.predict_path)
         return self._pictures
 
     # Loaders
@@ -261,18 +280,24 @@ class SemanticSegmentation(RepeatableLoaders):
         return 0 if in_memory and self.hparams.num_workers is None else super()._workers(dataset)
 
 
-def distinct_colours(count: int) -> list[tuple[int, int, int]]:
-    """As many colours (red, green, blue), each far from the others of low index, and none black.
+def pictures_without_masks(path: str, **option: str) -> SegmentationSamples:
+    """All pictures below a folder; the id is the path in it, without suffix.
 
-    The bits of an index, three at a time from the lowest, are the bits of the colours from the highest.
+    Args:
+        path: The folder.
+        **option: See :func:`datamodules.repeatable_loaders.pictures_to_predict`.
+
+    Raises:
+        ValueError: If two pictures differ in the suffix alone.
+        FileNotFoundError: If there is no such folder, or no picture in it.
     """
-    colours = []
-    for index in range(1, count + 1):
-        parts = [0, 0, 0]
-        for bit in range(24):
-            parts[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
-        colours.append(tuple(parts))
-    return colours
+    folder, files = pictures_to_predict(path, **option)
+    ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        name = option.get("option", "predict_path")
+        raise ValueError(f"--data.{name} '{path}': two pictures are called '{twice}'; rename one of them")
+    return SegmentationSamples(ids, files)
 
 
 def _training_transforms(**settings: Any) -> "Sequence[BasicTransform]":
@@ -281,15 +306,8 @@ def _training_transforms(**settings: Any) -> "Sequence[BasicTransform]":
     return training_transforms(**settings)
 
 
-def _check_values(options: Any) -> None:
-    """Refuse values outside their range before anything is read."""
-    at_least = {"image_size": 1, "train_shorter_side": 1, "test_shorter_side": 1, "batch_size": 1}
-    at_least |= {"eval_batch_size": 1, "num_workers": 0, "seed": 0, "split_seed": 0}
-    check_at_least(options, at_least)
-    low_high = list(options.scale_range)
+def check_scales(name: str, low_high: Sequence[float]) -> None:
+    """Raise a ValueError unless there are two factors of a size, the smaller one first."""
+    low_high = list(low_high)
     if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
-        raise ValueError(f"scale_range is {low_high}, expected two factors above 0, the smaller one first")
-    if not 0 < options.max_class_ratio <= 1:
-        raise ValueError(f"max_class_ratio is {options.max_class_ratio}, expected a share in (0, 1]")
-    check_new_split(options.val_fraction, options.test_fraction)
-    check_normalisation(options, 3)
+        raise ValueError(f"{name} is {low_high}, expected two factors above 0, the smaller one first")

@@ -181,3 +181,62 @@ def write_coco(root: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content))
     return root
+
+
+def write_voc(root: Path, augmented: bool = True) -> Path:
+    """``VOCdevkit/VOC2012``: pictures 00..09, of which 00..02 and 03..04 are train and val of the original release.
+
+    The original masks are palette pictures, as genuine ones. ``augmented`` adds grey masks of 00..07 in
+    ``SegmentationClassAug``; 08 and 09 never have one. Sizes differ; the first row of a mask is void.
+    """
+    folder = root / "VOCdevkit" / "VOC2012"
+    names = [f"2007_{number:06d}" for number in range(10)]
+    for number, name in enumerate(names):
+        size = (48 + 2 * number, 40)
+        save_image(folder / "JPEGImages" / f"{name}.jpg", seed=number, size=size)
+        mask = halves(number, 20 - number, size, void=255)
+        if number < 5:
+            save_palette_mask(folder / "SegmentationClass" / f"{name}.png", mask)
+        if augmented and number < 8:
+            save_mask(folder / "SegmentationClassAug" / f"{name}.png", mask)
+    lists = folder / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(names[:3]) + "\n")
+    (lists / "val.txt").write_text("\n".join(names[3:5]))
+    return root
+
+
+def save_palette_mask(path: Path, values: np.ndarray) -> Path:
+    """Write one value per pixel as a picture of mode P, whose colours have nothing to do with the values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values.astype(np.uint8)).convert("P")
+    image.putdata(values.reshape(-1).tolist())
+    image.putpalette([part for index in range(256) for part in (255 - index, index, 7)])
+    image.save(path)
+    return path
+
+
+def write_cityscapes(root: Path, masks: str = "gtFine", end: str = "labelIds") -> Path:
+    """``leftImg8bit/{train,val}/<city>`` with six and two pictures, and their masks below ``masks`` ("" for the root).
+
+    The halves of mask ``number`` are the classes ``number`` and ``number + 10``, and its first row is void.
+    """
+    labels = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    places = [("train", "aachen"), ("train", "aachen"), ("train", "ulm"), ("train", "ulm"), ("train", "ulm")]
+    places += [("train", "zurich"), ("val", "lindau"), ("val", "munster")]
+    for number, (part, city) in enumerate(places):
+        name = f"{city}_{number:06d}_000019"
+        save_image(root / "leftImg8bit" / part / city / f"{name}_leftImg8bit.png", seed=number, size=(80, 40))
+        values = (number, number + 10, 255) if end == "labelTrainIds" else (labels[number], labels[number + 10], 4)
+        mask = halves(*values[:2], (80, 40), void=values[2])
+        save_mask(root / masks / part / city / f"{name}_gtFine_{end}.png", mask)
+    return root
+
+
+def write_label_split(folder: Path, labeled: list[str], unlabeled: list[str], valid: list[str] | None = None) -> Path:
+    """The three lists of PRCL's split folders; the last line has no newline."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, names in (("labeled", labeled), ("unlabeled", unlabeled), ("valid", valid)):
+        if names is not None:
+            (folder / f"{part}_filename.txt").write_text("\n".join(names))
+    return folder

@@ -1,7 +1,8 @@
 """What a reader of pictures with masks returns, and how a mask file becomes class indices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,8 @@ class SegmentationFacts:
         image_size: Side in pixels of the crops that the data set is usually trained with.
         palette: Colour (red, green, blue in 0..255) of each class; None for made-up ones.
         first_value: Value of class 0 in the mask files; the others follow.
+        class_values: Value of each class in the mask files, where they do not follow one another; wins over
+            ``first_value``.
         void_values: Values in the mask files that stand for no class; 255 always does.
         flip: Whether a mirrored picture shows the same classes.
         mean: Per channel, of values in [0, 1].
@@ -33,6 +36,7 @@ class SegmentationFacts:
     image_size: int
     palette: tuple[tuple[int, int, int], ...] | None = None
     first_value: int = 0
+    class_values: tuple[int, ...] | None = None
     void_values: tuple[int, ...] = ()
     flip: bool = True
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -51,21 +55,37 @@ class SegmentationFacts:
         Raises:
             ValueError: For a value that stands for nothing; names the file, the value and the allowed ones.
         """
-        last = self.first_value + len(self.class_names) - 1
-        allowed = (values >= self.first_value) & (values <= last)
-        void = np.isin(values, (*self.void_values, VOID)) & ~allowed
-        if not (allowed | void).all():
-            row, column = np.argwhere(~(allowed | void))[0]
-            ignored = ", ".join(str(value) for value in sorted({*self.void_values, VOID}))
+        if values.dtype != np.uint8:
+            values = values.astype(np.int64)
+        last = len(self._index_of_value) - 1
+        indices = self._index_of_value[values if values.dtype == np.uint8 else values.clip(0, last)]
+        wrong = (indices < 0) | (values > last) | (values < 0)
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
             raise ValueError(
                 f"{source}: pixel (row {row}, column {column}) has the value {values[row, column]}, expected "
-                f"{self.first_value}..{last} for a class or {ignored} for void"
+                f"{_ranges(self._values)} for a class or {_ranges({*self.void_values, VOID})} for void"
             )
-        return np.where(void, VOID, values.astype(np.int64) - self.first_value).astype(np.uint8)
+        return indices.astype(np.uint8)
 
     def file_values(self, mask: np.ndarray) -> np.ndarray:
         """Translate class indices (H, W) back into uint8 values of a mask file; void stays 255."""
-        return np.where(mask == VOID, VOID, mask.astype(np.int64) + self.first_value).astype(np.uint8)
+        value_of_index = np.full(VOID + 1, VOID, dtype=np.uint8)
+        value_of_index[: len(self._values)] = self._values
+        return value_of_index[mask]
+
+    @property
+    def _values(self) -> Sequence[int]:
+        """Value of each class."""
+        return self.class_values or range(self.first_value, self.first_value + len(self.class_names))
+
+    @cached_property
+    def _index_of_value(self) -> np.ndarray:
+        """Class index of each value from 0 on, 255 for void, -1 for a value that stands for nothing."""
+        indices = np.full(max(VOID, *self._values, *self.void_values) + 1, -1, dtype=np.int16)
+        indices[[*self.void_values, VOID]] = VOID
+        indices[list(self._values)] = np.arange(len(self._values))
+        return indices
 
 
 @dataclass(frozen=True)
@@ -75,12 +95,13 @@ class SegmentationSamples:
     Args:
         ids: Name of each row, unique within the part.
         images: A path, or (H, W, 3) uint8, for each row.
-        masks: A path, or (H, W) uint8 values as in a file, for each row; None if nothing is labelled.
+        masks: A path, or (H, W) uint8 values as in a file, or None for a picture without labels, for each row; None if
+            nothing is labelled.
     """
 
     ids: Sequence[str]
     images: Sequence[Path | np.ndarray]
-    masks: Sequence[Path | np.ndarray] | None = None
+    masks: Sequence[Path | np.ndarray | None] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,6 +115,13 @@ class SegmentationSamples:
         masks = None if self.masks is None else column(self.masks)
         return SegmentationSamples(column(self.ids), column(self.images), masks)
 
+    @staticmethod
+    def join(parts: "Sequence[SegmentationSamples]") -> "SegmentationSamples":
+        """Return the rows of all parts, one part after the other."""
+        masks = [mask for part in parts for mask in part.masks or [None] * len(part)]
+        ids, images = ([value for part in parts for value in getattr(part, name)] for name in ("ids", "images"))
+        return SegmentationSamples(ids, images, masks)
+
 
 class SegmentationReader(Protocol):
     """One layout of pictures with masks."""
@@ -103,7 +131,10 @@ class SegmentationReader(Protocol):
         """Names and numbers; cheap, and the same on every rank."""
 
     def read(self) -> Mapping[str, SegmentationSamples]:
-        """Return the parts ``train``, ``val``, ``test`` that the data set defines, or one part ``all``."""
+        """Return the parts ``train``, ``val``, ``test`` that the data set defines, or one part ``all``.
+
+        Pictures without a mask that lists of other people may name are a part ``unlabeled``.
+        """
 
 
 def paired_masks(images: Sequence[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
@@ -126,6 +157,20 @@ def missing_masks(folder: Path, missing: Sequence[str], total: int) -> FileNotFo
         f"{len(missing)} of {total} pictures have no mask: {shown} is missing (searched {folder}); add the masks or "
         "take the pictures away"
     )
+
+
+def distinct_colours(count: int) -> list[tuple[int, int, int]]:
+    """As many colours (red, green, blue), each far from the others of low index, and none black.
+
+    The bits of an index, three at a time from the lowest, are the bits of the colours from the highest.
+    """
+    colours = []
+    for index in range(1, count + 1):
+        parts = [0, 0, 0]
+        for bit in range(24):
+            parts[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+        colours.append(tuple(parts))
+    return colours
 
 
 def read_picture(picture: Path | np.ndarray) -> np.ndarray:
@@ -165,3 +210,14 @@ def _decode(path: Path, mode: str | None) -> np.ndarray:
             "indices first"
         )
     return pixels
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """Name integers in order, each run of neighbours as ``first..last``."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)

@@ -16,7 +16,15 @@ from datamodules.image_files import UnreadableImageError
 from datamodules.mask_transforms import MixedClassCrop, PhotometricDistortion, RandomScale, training_transforms
 from datamodules.segmentation_dataset import scaled_size
 from datamodules.semantic_segmentation import distinct_colours
-from tests.data_layouts import halves, save_image, save_mask, write_ade20k, write_camvid, write_mask_folder
+from tests.data_layouts import (
+    halves,
+    save_image,
+    save_mask,
+    save_palette_mask,
+    write_ade20k,
+    write_camvid,
+    write_mask_folder,
+)
 from tests.distributed import run_ranks
 from tests.modules.toy_images import quiet_trainer
 
@@ -129,11 +137,8 @@ def test_a_number_of_classes_instead_of_names(tmp_path):
 
 def test_palette_masks_give_their_indices(tmp_path):
     write_mask_folder(tmp_path, PARTED)
-    mask = Image.open(tmp_path / "masks/train/0.png").convert("P")
     values = np.asarray(Image.open(tmp_path / "masks/train/0.png"))
-    mask.putdata(values.reshape(-1).tolist())
-    mask.putpalette([part for index in range(256) for part in (255 - index, index, 7)])
-    mask.save(tmp_path / "masks/train/0.png")
+    save_palette_mask(tmp_path / "masks/train/0.png", values)
     assert Image.open(tmp_path / "masks/train/0.png").mode == "P"
     assert data("folder", tmp_path).train_dataset().read(0)[1].tolist() == values.tolist()
 
@@ -590,7 +595,7 @@ WRONG = {
     "val_fraction is 0.5 and test_fraction 0.5": {"val_fraction": 0.5, "test_fraction": 0.5},
     "mean has 1 values, expected one per channel": {"mean": [0.5]},
     r"std is \[0.0, 1.0, 1.0\], expected values above 0": {"std": [0.0, 1.0, 1.0]},
-    "layout 'voc' is unknown; expected shapes, ade20k, camvid or folder": {"layout": "voc"},
+    "layout 'coco' is unknown; expected one of shapes, ade20k, camvid, voc, cityscapes, folder": {"layout": "coco"},
 }
 
 
