@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from datamodules import ImageClassification
 from lightning_apps.checkpoints import read_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bolt_commands")]
+pytestmark = pytest.mark.slow
 
 SHORT = [
     "--trainer.max_epochs",

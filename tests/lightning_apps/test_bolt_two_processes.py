@@ -8,7 +8,7 @@ import torch
 
 from tests.lightning_apps.test_bolt_commands import last, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bolt_two_processes")]
+pytestmark = pytest.mark.slow
 
 WATCH = '''
 import torch

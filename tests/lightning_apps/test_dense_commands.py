@@ -16,7 +16,7 @@ from modules.segmentation import DenseSegmenter
 from tests.data_layouts import write_camvid, write_coco
 from tests.lightning_apps.test_bolt_commands import last, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dense_commands")]
+pytestmark = pytest.mark.slow
 
 SHORT = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
 SIDE = 64

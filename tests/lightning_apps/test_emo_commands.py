@@ -16,7 +16,7 @@ from datamodules import ImageClassification
 from lightning_apps.checkpoints import read_checkpoint
 from tests.lightning_apps.test_bolt_commands import last, rows, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("emo_commands")]
+pytestmark = pytest.mark.slow
 
 SHORT = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "4", "--trainer.enable_progress_bar", "false"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]

@@ -20,7 +20,7 @@ from lightning_apps.cli import main
 from lightning_apps.run_folder import ENVIRONMENT
 from tests.data_layouts import ISIC_CLASSES, save_image, write_aptos, write_isic, write_medmnist
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fine_tuning")]
+pytestmark = pytest.mark.slow
 
 QUIET = [
     *("--trainer.accelerator", "cpu", "--trainer.logger", "csv"),
