@@ -32,7 +32,7 @@ class ClassStatistics(NamedTuple):
         return ClassStatistics(*together.split([dimensions, dimensions, 1], 1)[:2], together[:, -1])
 
     def prototypes(self) -> Gaussians:
-        """``1 / v_c = sum 1 / v_i`` and ``m_c = v_c sum m_i / v_i``; mean 0 and variance 1 for a class without pixels."""
+        """``1 / v_c = sum 1 / v_i`` and ``m_c = v_c sum m_i / v_i``; mean 0, variance 1 for one without pixels."""
         variance = torch.where(self.precision > 0, 1.0 / self.precision, 1.0)
         return Gaussians(self.weighted * variance, variance)
 

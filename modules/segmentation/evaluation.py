@@ -49,7 +49,7 @@ class EvaluationScores(nn.Module):
         return self.counts.compute()["confusion"]
 
     def result(self) -> dict[str, Tensor]:
-        """``miou``, ``aacc``, ``macc`` and ``loss`` over all processes, and start anew; empty without a labelled pixel."""
+        """``miou``, ``aacc``, ``macc`` and ``loss`` of all processes, and start anew; empty without labelled pixels."""
         values, loss = self.counts.compute(), self.losses.compute()
         self.counts.reset()
         self.losses.reset()
