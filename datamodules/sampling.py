@@ -92,11 +92,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         start_batch: int = 0,
     ) -> None:
         _check_sizes(length, batch_size, rank, world_size)
-        for name, value in (("seed", seed), ("start_epoch", start_epoch), ("start_batch", start_batch)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}, expected 0 or more")
-        if trainer is not None and (start_epoch or start_batch):
-            raise ValueError("pass either trainer or start_epoch/start_batch to TrainBatchSampler, not both")
+        _check_start(trainer, seed=seed, start_epoch=start_epoch, start_batch=start_batch)
         self.length, self.batch_size = length, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.drop_last, self.shuffle = drop_last, shuffle
@@ -145,6 +141,90 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         if not self.shuffle:
             return np.arange(self.length)
         return np.random.default_rng((self.seed, epoch, pass_)).permutation(self.length)
+
+
+class StreamBatchSampler(Sampler[list[SampleKey]]):
+    """Batches of one fixed size out of an endless shuffled stream that goes on from epoch to epoch.
+
+    Sample ``s`` of the stream is row ``permutation(seed, stream, s // length)[s % length]``. Batch ``j`` of an epoch
+    holds on rank ``r`` the samples from ``((epoch * steps + j) * world_size + r) * batch_size`` on. So a short data set
+    is passed over several times in an epoch, a long one is spread over several, and no row is ahead of another by more
+    than one pass. Two ranks see in a step what one process with ``accumulate_grad_batches=2`` and twice the steps sees.
+
+    Give it ``trainer`` inside a datamodule: a run resumed from any step then continues with the very next batch.
+    Use it as ``DataLoader(dataset, batch_sampler=StreamBatchSampler(...))`` with ``use_distributed_sampler=False``.
+
+    Args:
+        length: Number of samples in the data set; where it is less than a batch, rows repeat in the batch.
+        batch_size: Samples per batch and rank.
+        steps: Batches per epoch and rank.
+        seed: Seed of the order, at least 0.
+        stream: Number of this stream among those that are combined; each has its own order.
+        rank: This process.
+        world_size: Number of processes.
+        trainer: Where to read the position from each time an iterator is made. Excludes the next two.
+        start_epoch: Epoch of the first iterator, when there is no trainer; the next one is of the next epoch.
+        start_batch: Batches of that epoch to leave out because they are done, when there is no trainer.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        steps: int,
+        *,
+        seed: int,
+        stream: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        trainer: "Trainer | None" = None,
+        start_epoch: int = 0,
+        start_batch: int = 0,
+    ) -> None:
+        _check_sizes(length, batch_size, rank, world_size, steps)
+        _check_start(trainer, seed=seed, stream=stream, start_epoch=start_epoch, start_batch=start_batch)
+        self.length, self.batch_size, self.steps = length, batch_size, steps
+        self.seed, self.stream, self.rank, self.world_size = seed, stream, rank, world_size
+        self.trainer = trainer
+        self._epoch, self._done = start_epoch, start_batch
+
+    @property
+    def sampler(self) -> "StreamBatchSampler":
+        """This object: Lightning looks for ``set_epoch`` at ``dataloader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to the start of ``epoch``, unless it is the current one or a trainer gives the position."""
+        if epoch != self._epoch:
+            self._epoch, self._done = epoch, 0
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch on this rank, whatever part of it is already done."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Fix the position now, as loading workers may ask for batches long before or after Lightning does."""
+        if self.trainer is not None:
+            self._epoch, self._done = resume_position(self.trainer)
+        epoch, done = self._epoch, self._done
+        self._epoch, self._done = epoch + 1, 0
+        return self._iterate(epoch, done)
+
+    def _iterate(self, epoch: int, done: int) -> Iterator[list[SampleKey]]:
+        drawn, order = -1, np.empty(0, dtype=np.int64)
+        for batch in range(done, self.steps):
+            first = ((epoch * self.steps + batch) * self.world_size + self.rank) * self.batch_size
+            keys = []
+            for sample in range(first, first + self.batch_size):
+                pass_, place = divmod(sample, self.length)
+                if pass_ != drawn:
+                    drawn = pass_
+                    order = np.random.default_rng((self.seed, self.stream, pass_)).permutation(self.length)
+                keys.append(SampleKey(epoch, pass_, int(order[place])))
+            yield keys
 
 
 class EvaluationBatchSampler(Sampler[list[SampleKey]]):
@@ -198,9 +278,18 @@ def _batch_sizes(length: int, batch_size: int, world_size: int) -> list[int]:
     return sizes
 
 
-def _check_sizes(length: int, batch_size: int, rank: int, world_size: int) -> None:
-    for name, value in (("length", length), ("batch_size", batch_size), ("world_size", world_size)):
+def _check_sizes(length: int, batch_size: int, rank: int, world_size: int, steps: int = 1) -> None:
+    sizes = {"length": length, "batch_size": batch_size, "world_size": world_size, "steps": steps}
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, expected 0..{world_size - 1} (world_size {world_size})")
+
+
+def _check_start(trainer: "Trainer | None", **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}, expected 0 or more")
+    if trainer is not None and (numbers["start_epoch"] or numbers["start_batch"]):
+        raise ValueError("pass either trainer or start_epoch/start_batch to a training sampler, not both")

@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.sampling import EvaluationBatchSampler, SampleKey, TrainBatchSampler, resume_position
+from datamodules.sampling import (
+    EvaluationBatchSampler,
+    SampleKey,
+    StreamBatchSampler,
+    TrainBatchSampler,
+    resume_position,
+)
 
 
 def rows(batches):
@@ -117,6 +123,93 @@ def test_lightning_finds_set_epoch():
 def test_data_sets_get_keys():
     loader = DataLoader(Echo(), batch_sampler=TrainBatchSampler(10, 5, seed=0, start_epoch=3, shuffle=False))
     assert next(iter(loader)).tolist() == [[3, 0, row] for row in range(5)]
+
+
+def stream_row(seed, stream, length, sample):
+    """Row of one sample of the stream, as it is defined."""
+    return int(np.random.default_rng((seed, stream, sample // length)).permutation(length)[sample % length])
+
+
+@pytest.mark.parametrize(("length", "batch_size", "steps"), [(5, 2, 4), (7, 3, 1), (3, 7, 2), (50, 4, 3)])
+def test_a_stream_goes_on_from_epoch_to_epoch(length, batch_size, steps):
+    sampler = StreamBatchSampler(length, batch_size, steps, seed=4, stream=1)
+    batches = [list(sampler) for _ in range(3)]
+    assert [len(epoch) for epoch in batches] == [len(sampler)] * 3 == [steps] * 3
+    assert flat(rows(batch for epoch in batches for batch in epoch)) == [
+        stream_row(4, 1, length, sample) for sample in range(3 * steps * batch_size)
+    ]
+    for epoch, its_batches in enumerate(batches):
+        for key_number, key in enumerate(flat(its_batches)):
+            sample = epoch * steps * batch_size + key_number
+            assert (key.epoch, key.pass_) == (epoch, sample // length)
+    assert {len(batch) for epoch in batches for batch in epoch} == {batch_size}
+
+
+def test_streams_and_seeds_differ_in_their_order():
+    orders = [
+        flat(rows(StreamBatchSampler(30, 30, 1, seed=seed, stream=stream))) for seed, stream in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_stream_of_one_process_with_as_many_times_the_steps(world_size):
+    for epoch in (0, 2):
+        whole = rows(StreamBatchSampler(11, 2, 4 * world_size, seed=3, start_epoch=epoch))
+        parts = [
+            rows(StreamBatchSampler(11, 2, 4, seed=3, rank=rank, world_size=world_size, start_epoch=epoch))
+            for rank in range(world_size)
+        ]
+        assert [batch for turn in zip(*parts, strict=True) for batch in turn] == whole
+
+
+def test_a_stream_starts_in_the_middle_of_an_epoch():
+    whole = StreamBatchSampler(7, 2, 5, seed=0)
+    first, second = list(whole), list(whole)
+    late = StreamBatchSampler(7, 2, 5, seed=0, start_epoch=0, start_batch=3)
+    assert len(late) == 5
+    assert list(late) == first[3:]
+    assert list(late) == second
+    late.set_epoch(0)
+    assert list(late) == first
+    late.set_epoch(1)
+    assert list(late) == second
+    assert late.sampler is late
+
+
+@pytest.mark.parametrize(
+    ("counters", "position"),
+    [
+        ({"ready": 3, "processed": 2, "batches": 4, "last": False}, (2, 4)),
+        ({"ready": 3, "processed": 2, "batches": 5, "last": True}, (3, 0)),
+    ],
+)
+def test_the_position_of_a_stream_comes_from_the_trainer(counters, position):
+    epoch, done = position
+    sampler = StreamBatchSampler(7, 2, 5, seed=0, trainer=trainer_at(**counters))
+    expected = list(StreamBatchSampler(7, 2, 5, seed=0, start_epoch=epoch, start_batch=done))
+    iter(sampler)
+    assert list(sampler) == expected
+    sampler.set_epoch(17)
+    assert list(sampler) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 0}, "length is 0, expected 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+        ({"steps": 0}, "steps is 0, expected 1 or more"),
+        ({"seed": -1}, "seed is -1, expected 0 or more"),
+        ({"stream": -1}, "stream is -1, expected 0 or more"),
+        ({"rank": 2, "world_size": 2}, "rank is 2, expected 0..1"),
+        ({"trainer": SimpleNamespace(), "start_batch": 1}, "pass either trainer or start_epoch/start_batch"),
+    ],
+)
+def test_a_stream_refuses_numbers_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        StreamBatchSampler(**{"length": 4, "batch_size": 2, "steps": 3, "seed": 0, **settings})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
