@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -223,6 +224,11 @@ def timm_cosine(
     return rates
 
 
+def epoch_poly(epoch: int, epochs: int, floor: float = 0.0) -> float:
+    """Factor of the peak learning rate: ``(1 - epoch / epochs) ** 0.9``, at least ``floor`` (PRCL section 6)."""
+    return max((1.0 - min(epoch / epochs, 1.0)) ** POLY_POWER, floor)
+
+
 def total_steps_of(trainer: Trainer) -> int:
     """Optimizer steps of the whole run.
 
@@ -257,6 +263,8 @@ def global_batch_size(trainer: Trainer) -> int:
         ValueError: if the loader does not tell its batch size.
     """
     loader = trainer.train_dataloader
+    if isinstance(loader, CombinedLoader):  # the first is the one that an epoch is counted by
+        loader = loader.flattened[0]
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if size is None:
         raise ValueError(

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from modules.efficientnet_lite import FIRST_KEY, PACKAGED, packaged_file, timm_names
+
 Which = Literal["online", "target"]
 
 WRAPPERS = ("state_dict", "net_E", "net", "model", "model_state_dict")
@@ -34,11 +36,14 @@ class NetworkWeights(NamedTuple):
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and hyper-parameters in a .ckpt, .pth, .pt, .bin or .safetensors file.
 
+    ``efficientnet-lite0`` stands for the ImageNet weights that the extra ``weights`` installs.
+
     Raises:
+        ImportError: if these are asked for and not installed.
         FileNotFoundError: if there is no such file.
         ValueError: if the file cannot be read or holds no dictionary of tensors.
     """
-    path = Path(path)
+    path = packaged_file() if str(path) == PACKAGED else Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"init_from: there is no file {path.absolute()}; pre-train first, or give the weights with "
@@ -55,7 +60,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"init_from: {path} holds no dictionary of tensors (a state_dict)")
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}, dict(hyper_parameters)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return timm_names(tensors) if FIRST_KEY in tensors else tensors, dict(hyper_parameters)
 
 
 def _read(path: Path) -> Any:

@@ -23,7 +23,26 @@ def colour_masks(masks: Tensor, palette: Sequence[Sequence[int]]) -> Tensor:
     return table[masks.long()].movedim(-1, -3)
 
 
-def panel(image: Tensor, label: Tensor, prediction: Tensor, palette: Sequence[Sequence[int]]) -> Tensor:
-    """Image (3, h, w) in [0, 1], label and prediction (H, W) side by side: (3, H, 3 W)."""
+def panel(
+    image: Tensor,
+    label: Tensor,
+    prediction: Tensor,
+    palette: Sequence[Sequence[int]],
+    uncertainty: Tensor | None = None,
+) -> Tensor:
+    """Image (3, h, w) in [0, 1], label, prediction and uncertainty (H, W) side by side: (3, H, 3 W or 4 W).
+
+    The uncertainty is stretched from its smallest (black) to its largest value (yellow).
+    """
     image = resize_logits(image[None], label.shape)[0].clamp(0, 1)
-    return torch.cat([image, colour_masks(label, palette), colour_masks(prediction, palette)], 2)
+    parts = [image, colour_masks(label, palette), colour_masks(prediction, palette)]
+    if uncertainty is not None:
+        parts.append(heat_map(uncertainty))
+    return torch.cat([part.to(image) for part in parts], 2)
+
+
+def heat_map(values: Tensor) -> Tensor:
+    """Paint numbers (H, W), stretched from smallest to largest, from black over red to yellow: (3, H, W) in [0, 1]."""
+    low, high = values.amin(), values.amax()
+    share = (values - low) / (high - low).clamp(min=1e-12)
+    return torch.stack([(2 * share).clamp(0, 1), (2 * share - 1).clamp(0, 1), torch.zeros_like(share)])
