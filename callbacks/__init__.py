@@ -12,6 +12,7 @@ from callbacks.exact_resume import ExactResume
 from callbacks.graceful_stop import GracefulStop
 from callbacks.mask_writer import MaskWriter
 from callbacks.media import Media
+from callbacks.metric_history import MetricHistory
 from callbacks.non_finite import NonFiniteGuard, NonFiniteLossError
 from callbacks.orphaned_ranks import stop_when_orphaned
 from callbacks.pictures import PictureLogger
@@ -35,6 +36,7 @@ __all__ = [
     "GracefulStop",
     "MaskWriter",
     "Media",
+    "MetricHistory",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "PictureLogger",

@@ -23,6 +23,10 @@ class MaskWriter(Callback):
     datamodule, else of the module: one (red, green, blue) of 0..255 per class. What is complete stays when prediction
     is interrupted.
 
+    Where the outputs have ``uncertainty``, a map (H, W) in [0, 1] per mask, it becomes ``<id>_uncertainty.png`` (16-bit
+    grey, 65535 for 1) and, with ``colour``, ``<id>_uncertainty_colour.png``, stretched from its least to its largest
+    value.
+
     Args:
         output: folder to write to; None for ``masks`` in the trainer's ``default_root_dir``.
         colour: write the pictures to look at as well.
@@ -67,15 +71,30 @@ class MaskWriter(Callback):
         palette = self._palette(data, pl_module) if self.colour else None
         for row, mask in zip(outputs["index"].tolist(), outputs["masks"], strict=True):
             classes = mask.cpu().numpy()
-            name = self._ids[row] if self._ids is not None else str(row)
-            path = self.folder(trainer) / f"{name}.png"
+            path = self._path(trainer, row)
             atomic_bytes(path, _png(to_file(classes)))
             if palette is not None:
                 atomic_bytes(path.with_name(f"{path.stem}_colour.png"), _png(palette[classes]))
+        for row, values in zip(outputs["index"].tolist(), outputs.get("uncertainty", ()), strict=False):
+            self._write_uncertainty(self._path(trainer, row), values.cpu().numpy())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the files are."""
         rank_zero_info(f"Wrote masks to {self.folder(trainer)}")
+
+    def _path(self, trainer: Trainer, row: int) -> Path:
+        name = self._ids[row] if self._ids is not None else str(row)
+        return self.folder(trainer) / f"{name}.png"
+
+    def _write_uncertainty(self, path: Path, values: np.ndarray) -> None:
+        depth = np.rint(np.clip(values, 0, 1) * np.iinfo(np.uint16).max).astype(np.uint16)
+        atomic_bytes(path.with_name(f"{path.stem}_uncertainty.png"), _png(depth))
+        if self.colour:
+            from matplotlib import colormaps
+
+            spread = max(float(values.max() - values.min()), 1e-12)
+            painted = colormaps["inferno"]((values - values.min()) / spread, bytes=True)[..., :3]
+            atomic_bytes(path.with_name(f"{path.stem}_uncertainty_colour.png"), _png(np.ascontiguousarray(painted)))
 
     def _palette(self, data: Any, pl_module: LightningModule) -> np.ndarray:
         colours = getattr(data, "palette", None) or getattr(pl_module, "palette", None)

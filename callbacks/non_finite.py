@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+SHOWN_SAMPLES = 8
+
 
 class NonFiniteLossError(FloatingPointError):
     """The training loss or its gradient became NaN or infinite."""
@@ -19,6 +21,9 @@ class NonFiniteGuard(Callback):
 
     The check costs one synchronisation per optimiser step. Gradients are left to the gradient scaler where there is
     one (``precision: 16-mixed``), as it meets and skips infinite ones in a healthy run.
+
+    A module that keeps the terms of its last loss as ``loss_terms: dict[str, Tensor]`` has those that are not finite
+    named; where the batch has ``index`` and the datamodule ``sample_ids(split)``, so are its samples.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -31,6 +36,11 @@ class NonFiniteGuard(Callback):
     def __init__(self, gradients: bool = True) -> None:
         self.gradients = gradients
         self._losses: list[tuple[int, Tensor]] = []
+        self._batch: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the batch, whose rows are named if it comes to that."""
+        self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss of each batch that goes into the coming step, without waiting for the device."""
@@ -68,15 +78,37 @@ class NonFiniteGuard(Callback):
         where = f"epoch {trainer.current_epoch}, batch {int(rows[rank or 0][0])}"
         if trainer.world_size > 1 and rank is not None:
             where += f", rank {rank}"
+        where += "".join(f", {part}" for part in self._details(trainer, pl_module))
         raise NonFiniteLossError(
             f"{what} at step {trainer.global_step} ({where}); training stopped before the weights were "
             f"updated with it. {_last_good_checkpoint(trainer)} Try a lower learning rate, a longer warm-up or "
             "trainer.gradient_clip_val, and look for bad values in that batch."
         )
 
+    def _details(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Terms of this process's loss that are not finite, and the samples of its batch."""
+        terms = getattr(pl_module, "loss_terms", {})
+        bad = [name for name, value in terms.items() if not torch.isfinite(value).all()]
+        told = [f"not finite: {', '.join(bad)}"] if bad else []
+        return told + [f"samples of {split}: {names}" for split, names in _samples(trainer, self._batch)]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted run has left."""
         self._losses = []
+
+
+def _samples(trainer: Trainer, batch: Any) -> list[tuple[str, str]]:
+    """Names of the first samples of a batch, or of each batch in a dictionary, where the datamodule knows them."""
+    sample_ids = getattr(getattr(trainer, "datamodule", None), "sample_ids", None)
+    parts = batch if isinstance(batch, dict) else {"train": batch}
+    found = []
+    for split, part in parts.items():
+        rows = getattr(part, "index", None)
+        if sample_ids is not None and isinstance(rows, Tensor):
+            ids = sample_ids(split)
+            names = [str(ids[row]) for row in rows.tolist()[:SHOWN_SAMPLES]]
+            found.append((split, ", ".join(names) + (", ..." if len(rows) > SHOWN_SAMPLES else "")))
+    return found
 
 
 def _gradient_norm(optimizer: torch.optim.Optimizer, like: Tensor) -> Tensor:

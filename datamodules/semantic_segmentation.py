@@ -168,6 +168,11 @@ class SemanticSegmentation(RepeatableLoaders):
         return self.hparams.main_metric
 
     @property
+    def flip(self) -> bool:
+        """Whether a mirrored picture shows the same classes: the option, or what is known of the data set."""
+        return self.reader.facts.flip if self.hparams.flip is None else self.hparams.flip
+
+    @property
     def mean(self) -> list[float]:
         """Per channel, of values in [0, 1]."""
         return list(self.hparams.mean or self.reader.facts.mean)
@@ -200,7 +205,7 @@ class SemanticSegmentation(RepeatableLoaders):
             shorter_side=options.train_shorter_side,
             scale_range=tuple(options.scale_range),
             max_class_ratio=options.max_class_ratio,
-            flip=self.reader.facts.flip if options.flip is None else options.flip,
+            flip=self.flip,
             photometric=options.photometric,
             mean=self.mean,
         )

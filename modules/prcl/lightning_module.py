@@ -183,7 +183,8 @@ class ProbabilisticSegmenter(LightningModule):
         self.scores = nn.ModuleDict(
             {f"{stage}_{name}": EvaluationScores(num_classes) for stage in ("val", "test") for name in self.networks}
         )
-        self.class_variance = ClassMeans(num_classes)
+        self.class_variance, self.prototype_precision = ClassMeans(num_classes), ClassMeans(num_classes)
+        self.loss_terms: dict[str, Tensor] = {}
         self._shown: PseudoLabelled | None = None
 
     @property
@@ -353,6 +354,8 @@ class ProbabilisticSegmenter(LightningModule):
 
     def _watch(self, result: ContrastResult, weight: float) -> None:
         pools = result.anchor_pool
+        seen = result.valid.nonzero()[:, 0]
+        self.prototype_precision.update(-result.prototypes.variance[seen].log().mean(1), seen)
         self._log_training(
             {
                 "contrast_weight": torch.tensor(weight, device=self.device),
@@ -372,18 +375,12 @@ class ProbabilisticSegmenter(LightningModule):
         )
 
     def on_train_epoch_end(self) -> None:
-        """Log the mean variance of each class's pixels."""
-        if self.contrast is None or self.hparams.method == "point_contrast":
-            return
-        means = self.class_variance.compute()
-        self.class_variance.reset()
-        self.log_dict(
-            {
-                f"variance/{name}": value
-                for name, value in zip(self.class_names, means, strict=True)
-                if torch.isfinite(value)
-            }
-        )
+        """Log the mean variance of each class's pixels, and the mean logarithm of its prototypes' precision."""
+        for prefix, metric in (("variance", self.class_variance), ("precision", self.prototype_precision)):
+            if self.hparams.method == "prcl":
+                named = zip(self.class_names, metric.compute(), strict=True)
+                self.log_dict({f"{prefix}/{name}": value for name, value in named if torch.isfinite(value)})
+                metric.reset()
 
     # Evaluation
 

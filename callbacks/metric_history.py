@@ -1,0 +1,75 @@
+"""How a family of metrics, one per class say, went over the epochs: all lines in one picture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.classification_report import is_due
+from callbacks.media import Media
+
+
+class MetricHistory(Callback):
+    """Draws all metrics of one prefix against the epoch, as ``history/<prefix>`` on the dashboard and on disk.
+
+    The values are kept in the checkpoint, so that the picture of a resumed run shows all of it.
+
+    Args:
+        prefixes: of the metrics ``<prefix>/<name>`` that a module logs once per epoch.
+        every_n_epochs: draw in every n-th epoch and in the last one.
+
+    Raises:
+        ValueError: without a prefix, or for an interval below 1.
+
+    Example::
+
+        Trainer(callbacks=[MetricHistory(prefixes=["variance"], every_n_epochs=5)])
+    """
+
+    def __init__(self, prefixes: list[str], every_n_epochs: int = 1) -> None:
+        if not prefixes:
+            raise ValueError("MetricHistory: prefixes is empty, expected names such as variance")
+        if every_n_epochs < 1:
+            raise ValueError(f"MetricHistory: every_n_epochs is {every_n_epochs}, expected 1 or more")
+        self.prefixes, self.every_n_epochs = list(prefixes), every_n_epochs
+        self._values: dict[str, dict[str, list[list[float]]]] = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the values of this epoch, and draw them if it is time to."""
+        for prefix in self.prefixes:
+            lines = self._values.setdefault(prefix, {})
+            for name, value in trainer.callback_metrics.items():
+                if name.startswith(f"{prefix}/"):
+                    line = lines.setdefault(name.removeprefix(f"{prefix}/"), [])
+                    if not line or line[-1][0] < trainer.current_epoch:
+                        line.append([trainer.current_epoch, float(value)])
+            media = Media(trainer)
+            if lines and media.active and is_due(trainer, self.every_n_epochs):
+                self._show(media, prefix, lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values so far: prefix -> name -> pairs of epoch and value."""
+        return {"values": self._values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the values of an interrupted run."""
+        self._values = state_dict["values"]
+
+    @staticmethod
+    def _show(media: Media, prefix: str, lines: dict[str, list[list[float]]]) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        for name, line in lines.items():
+            epochs, values = zip(*line, strict=True)
+            axis.plot(epochs, values, marker=".", label=name)
+        axis.set_xlabel("epoch")
+        axis.set_title(prefix, parse_math=False)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        media.figure(f"history/{prefix}", figure)
+        media.table(f"history/{prefix}_values", ["name", "epoch", "value"], _rows(lines))
+
+
+def _rows(lines: dict[str, list[list[float]]]) -> Sequence[Sequence[Any]]:
+    return [[name, int(epoch), value] for name, line in lines.items() for epoch, value in line]
