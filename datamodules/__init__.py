@@ -5,8 +5,15 @@ from datamodules.image_classification import ImageClassification
 from datamodules.images import ImageDataModule
 from datamodules.medical_images import MedicalImages
 from datamodules.object_detection import ObjectDetection
-from datamodules.sampling import EvaluationBatchSampler, SampleKey, TrainBatchSampler, resume_position
+from datamodules.sampling import (
+    EvaluationBatchSampler,
+    SampleKey,
+    StreamBatchSampler,
+    TrainBatchSampler,
+    resume_position,
+)
 from datamodules.semantic_segmentation import SemanticSegmentation
+from datamodules.semi_supervised_segmentation import SemiSupervisedSegmentation
 
 __all__ = [
     "DetectionBatch",
@@ -19,6 +26,8 @@ __all__ = [
     "SampleKey",
     "SegmentationBatch",
     "SemanticSegmentation",
+    "SemiSupervisedSegmentation",
+    "StreamBatchSampler",
     "TrainBatchSampler",
     "resume_position",
 ]

@@ -80,6 +80,30 @@ class MixedClassCrop(alb.DualTransform):
         return np.count_nonzero(counts) > 1 and counts.max() < self.max_ratio * counts.sum()
 
 
+class ReflectPad(alb.DualTransform):
+    """Pad right and bottom up to a size: the picture mirrors itself, again and again if it is small, the mask is void.
+
+    Args:
+        size: Height and width that the result has at least.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__(p=1.0)
+        self.size = tuple(size)
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        """Pad a picture; its last row and column are not doubled."""
+        return cv2.copyMakeBorder(img, 0, *self._below_and_right(img), cv2.BORDER_REFLECT_101)
+
+    def apply_to_mask(self, mask: np.ndarray, **params: Any) -> np.ndarray:
+        """Pad a mask."""
+        return cv2.copyMakeBorder(mask, 0, *self._below_and_right(mask), cv2.BORDER_CONSTANT, value=VOID)
+
+    def _below_and_right(self, pixels: np.ndarray) -> tuple[int, int, int]:
+        below, right = (max(0, want - have) for want, have in zip(self.size, pixels.shape[:2], strict=True))
+        return below, 0, right
+
+
 class PhotometricDistortion(alb.ImageOnlyTransform):
     """Brightness, contrast, saturation and hue, each with probability one half; contrast before or after the others.
 
@@ -140,6 +164,35 @@ def _turn_colours(image: np.ndarray, saturation: float, hue: float) -> np.ndarra
     colours[..., 0] = (colours[..., 0] + hue) % 360
     colours[..., 1] = np.clip(colours[..., 1] * saturation, 0, 1)
     return np.rint(255 * cv2.cvtColor(colours, cv2.COLOR_HSV2RGB)).astype(np.uint8)
+
+
+def view_transforms(
+    size: tuple[int, int], shorter_side: int | None, scale_range: Sequence[float], photometric: bool, flip: bool
+) -> list[alb.BasicTransform]:
+    """Return what makes a view for semi-supervised training: scale, pad, crop, and if asked for, colours and flip.
+
+    Colours are those of PRCL: with probability 0.8 brightness, contrast, saturation and hue in random order, with
+    probability 0.5 a Gaussian blur (specification, section 7).
+
+    Args:
+        size: Height and width of the view in pixels.
+        shorter_side: See :class:`RandomScale`.
+        scale_range: See :class:`RandomScale`.
+        photometric: Change colours and sharpness.
+        flip: Mirror left and right with probability one half.
+    """
+    steps: list[alb.BasicTransform] = [
+        RandomScale(shorter_side, scale_range),
+        ReflectPad(size),
+        alb.RandomCrop(*size),
+    ]
+    if photometric:
+        factors = (0.75, 1.25)
+        steps.append(alb.ColorJitter(factors, factors, factors, hue=(-0.25, 0.25), p=0.8))
+        steps.append(alb.GaussianBlur(blur_limit=0, sigma_limit=(0.15, 1.15), p=0.5))
+    if flip:
+        steps.append(alb.HorizontalFlip(p=0.5))
+    return steps
 
 
 def training_transforms(

@@ -1,0 +1,331 @@
+"""Few pictures with a class for each pixel and many without, for semi-supervised segmentation."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from datamodules.augmentations import SeededPipeline
+from datamodules.image_files import UnreadableImageError
+from datamodules.label_splits import LabelSplit, check_disjoint, draw_labelled
+from datamodules.readers.segmentation_samples import SegmentationSamples
+from datamodules.repeatable_loaders import check_at_least
+from datamodules.sampling import StreamBatchSampler
+from datamodules.segmentation_dataset import SegmentationDataset, scaled_size
+from datamodules.semantic_segmentation import Layout, SemanticSegmentation, check_scales, pictures_without_masks
+
+if TYPE_CHECKING:
+    from albumentations import BasicTransform
+
+SHAPES_LABELLED = 20
+SMALLEST_CROP = 33  # pixels; the features at a quarter of the size have at least two then, after further halvings
+LOOKED_AT = 16
+STREAMS = ("labeled", "unlabeled")
+TITLES = {"labeled": "labelled", "unlabeled": "unlabelled", "val": "validation", "test": "test"}
+
+
+class SemiSupervisedSegmentation(SemanticSegmentation):
+    """Labelled and unlabelled pictures side by side in training; evaluation as in ``SemanticSegmentation``.
+
+    A training batch is a dictionary: ``labeled`` and ``unlabeled``, each a ``SegmentationBatch`` of crops. The masks of
+    ``unlabeled`` are hidden labels, to measure pseudo-labels with and not to learn from; where a picture has none, they
+    are 255 throughout. Both streams are endless and shuffled on their own: an epoch is ``images_per_epoch`` labelled
+    pictures over all processes, so ``images_per_epoch // (batch_size * processes)`` steps, at least one, however long
+    the lists are. The strong view is left to the module, which mixes it with the labels of its teacher.
+
+    Parts are ``labeled`` (also called ``train``), ``unlabeled``, ``val`` and ``test``. Which pictures are labelled is
+    drawn (``labeled``) or read (``split_path``); ``shapes`` has 20 labelled ones of 320 if neither is given.
+
+    Args:
+        layout: See :class:`datamodules.semantic_segmentation.SemanticSegmentation`.
+        root: Folder of the data set; not needed for ``shapes``.
+        classes: Number of classes of a ``folder`` without ``classes.txt``.
+        labeled: Number of labelled pictures, drawn from the training part by ``split_seed``; fewer ones of the same
+            seed are among more.
+        split_path: Folder of lists, see :class:`datamodules.label_splits.LabelSplit`, instead of ``labeled``.
+        unlabeled_path: Folder of further pictures without labels.
+        use_unlabeled: Yield unlabelled pictures; without them, the batches have the key ``labeled`` alone.
+        image_size: Side of the crops in pixels, or height and width; None for the data set's usual side.
+        train_shorter_side: Length in pixels of the shorter side that the scales multiply; None for the picture's own
+            size.
+        labeled_scale: Smallest and largest random factor of the size for labelled pictures.
+        weak_scale: The same for unlabelled ones, which are then cropped and not changed further.
+        flip: Mirror half of the labelled crops left and right; None does so unless a mirrored class is another.
+        photometric: Change colours and sharpness of labelled crops.
+        test_shorter_side: Length in pixels of the shorter side in evaluation; None for the picture's own size.
+        batch_size: Labelled pictures per step and process.
+        unlabeled_batch_size: Unlabelled pictures per step and process; None for as many as labelled ones.
+        images_per_epoch: Labelled pictures per epoch over all processes.
+        eval_batch_size: Pictures per evaluation step and process; more than 1 is of use where all have one size.
+        num_workers: Loading processes of each stream; None chooses 0 for ``shapes``, otherwise at most 2 per process.
+        seed: Seed of order and augmentation; None for that of `seed_everything`, or 0.
+        split_seed: Seed of the labelled pictures, and of the parts of a ``folder`` that brings none.
+        val_fraction: Share of the validation part of such a folder.
+        test_fraction: Share of the test part of such a folder.
+        predict_split: Which part ``predict`` runs on.
+        predict_path: Folder of pictures to predict instead.
+        main_metric: Metric that the model is selected by.
+        mean: Per channel, of values in [0, 1]; None for the data set's own.
+        std: Per channel, of values in [0, 1]; None for the data set's own.
+
+    Raises:
+        ValueError: If a value is out of range; names field, value and range.
+        FileNotFoundError: If the data is not there.
+    """
+
+    def __init__(
+        self,
+        layout: Layout = "shapes",
+        root: str | None = None,
+        classes: int | None = None,
+        labeled: int | None = None,
+        split_path: str | None = None,
+        unlabeled_path: str | None = None,
+        use_unlabeled: bool = True,
+        image_size: int | list[int] | None = None,
+        train_shorter_side: int | None = None,
+        labeled_scale: list[float] = (0.5, 1.5),
+        weak_scale: list[float] = (1.0, 1.0),
+        flip: bool | None = None,
+        photometric: bool = True,
+        test_shorter_side: int | None = None,
+        batch_size: int = 16,
+        unlabeled_batch_size: int | None = None,
+        images_per_epoch: int = 2000,
+        eval_batch_size: int = 1,
+        num_workers: int | None = None,
+        seed: int | None = None,
+        split_seed: int = 0,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        predict_split: Literal["labeled", "unlabeled", "val", "test"] = "test",
+        predict_path: str | None = None,
+        main_metric: Literal["miou", "aacc", "macc"] = "miou",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        super().__init__()  # saves the options of this class as well
+
+    def _check_options(self) -> None:
+        options = self.hparams
+        self._check_shared_options()
+        check_at_least(options, {"labeled": 1, "unlabeled_batch_size": 1, "images_per_epoch": 1})
+        for name in ("labeled_scale", "weak_scale"):
+            check_scales(name, options[name])
+        size = options.image_size
+        sides = [size] if size is None or isinstance(size, int) else list(size)
+        if len(sides) not in (1, 2) or any(side is not None and side < SMALLEST_CROP for side in sides):
+            raise ValueError(
+                f"image_size is {size}, expected a side of {SMALLEST_CROP} pixels or more, or [height, width] of such"
+            )
+        if options.labeled is not None and options.split_path is not None:
+            raise ValueError("labeled draws a split and split_path reads one; set either of them, not both")
+        if options.unlabeled_path is not None and not options.use_unlabeled:
+            raise ValueError("unlabeled_path is set, but use_unlabeled is false; set one of them")
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """Height and width of the training crops in pixels."""
+        size = self.hparams.image_size or self.reader.facts.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the training crops in pixels; the longer one where they are not square."""
+        return max(self.crop_size)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the pictures and masks that the stage needs, and look at some headers before training.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test``, ``predict`` or None for all.
+        """
+        super().setup(stage)
+        if stage in ("fit", None):
+            self._look_at_headers()
+
+    def train_dataloader(self) -> CombinedLoader:
+        """Labelled and unlabelled batches; order and augmentation are functions of (seed, epoch, step, rank)."""
+        datasets = {"labeled": self.train_dataset()}
+        if self.hparams.use_unlabeled:
+            datasets["unlabeled"] = self.unlabeled_dataset()
+        loaders = {name: self._stream(name, dataset) for name, dataset in datasets.items()}
+        self._announce(datasets)
+        return CombinedLoader(loaders, "max_size_cycle")
+
+    def train_dataset(self) -> SegmentationDataset:
+        """The labelled pictures as they are trained on, without a loader."""
+        options = self.hparams
+        flip = self.reader.facts.flip if options.flip is None else options.flip
+        return self._view("labeled", options.labeled_scale, photometric=options.photometric, flip=flip)
+
+    def unlabeled_dataset(self) -> SegmentationDataset:
+        """The weak view of the unlabelled pictures with their hidden labels, without a loader."""
+        return self._view("unlabeled", self.hparams.weak_scale, photometric=False, flip=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of an epoch in each process."""
+        return max(1, self.hparams.images_per_epoch // (self.hparams.batch_size * self._ranks["world_size"]))
+
+    # Parts of the data set
+
+    def _part(self, part: str) -> SegmentationSamples:
+        return super()._part("labeled" if part == "train" else part)
+
+    def _split(self) -> dict[str, SegmentationSamples]:
+        parts = self._drawn() if self.hparams.split_path is None else self._listed(LabelSplit(self.hparams.split_path))
+        if self.hparams.unlabeled_path is not None:
+            further = pictures_without_masks(
+                self.hparams.unlabeled_path, option="unlabeled_path", purpose="further unlabelled pictures"
+            )
+            parts["unlabeled"] = SegmentationSamples.join([parts["unlabeled"], further])
+        if not len(parts["unlabeled"]):
+            del parts["unlabeled"]
+            if self.hparams.use_unlabeled:
+                raise ValueError(
+                    f"all {len(parts['labeled'])} training pictures are labelled, so none is left; set "
+                    "--data.unlabeled_path, a smaller --data.labeled, or --data.use_unlabeled false"
+                )
+        check_disjoint({TITLES[part]: samples for part, samples in parts.items()})
+        return parts
+
+    def _drawn(self) -> dict[str, SegmentationSamples]:
+        """Parts of which a number of labelled pictures is drawn."""
+        options, found = self.hparams, super()._split()
+        if "train" not in found:
+            raise ValueError(f"the data set has no part 'train', only {', '.join(found)}; add pictures and masks to it")
+        train = found["train"]
+        count = options.labeled
+        if count is None:
+            if options.layout == "shapes" and options.use_unlabeled:
+                count = SHAPES_LABELLED
+            elif options.unlabeled_path is not None or not options.use_unlabeled:
+                count = len(train)
+            else:
+                raise ValueError(
+                    f"which of the {len(train)} training pictures are labelled? Set --data.labeled to a number, or "
+                    "--data.split_path to a folder of lists"
+                )
+        labelled, rest = draw_labelled(len(train), count, options.split_seed)
+        evaluation = {part: found[part] for part in ("val", "test") if part in found}
+        return {"labeled": train.take(labelled), "unlabeled": train.take(rest), **evaluation}
+
+    def _listed(self, split: LabelSplit) -> dict[str, SegmentationSamples]:
+        """Parts as lists name them; validation pictures are the data set's own, or the rest, if no list names them."""
+        found = dict(self.reader.read())
+        pool = SegmentationSamples.join([samples for part, samples in found.items() if part != "test"])
+        parts = {"labeled": split.find("labeled", pool, labelled=True), "unlabeled": SegmentationSamples([], [])}
+        optional = not self.hparams.use_unlabeled or self.hparams.unlabeled_path is not None
+        if "unlabeled" in split.files or not optional:
+            parts["unlabeled"] = split.find("unlabeled", pool, labelled=False)
+        if "valid" in split.files:
+            if "val" in found and split.names_none_of("valid", pool):
+                rank_zero_warn(
+                    f"{split.files['valid']}: none of its {len(split.names['valid'])} pictures is in the training or "
+                    f"validation part of the data set, whose own {len(found['val'])} validation pictures are taken"
+                )
+            else:
+                found["val"] = split.find("valid", pool, labelled=True)
+        elif "all" in found:
+            listed = {*parts["labeled"].ids, *parts["unlabeled"].ids}
+            found["val"] = pool.take([row for row, name in enumerate(pool.ids) if name not in listed])
+        return parts | {part: found[part] for part in ("val", "test") if part in found}
+
+    def _look_at_headers(self) -> None:
+        """Refuse crops that no labelled picture fills, and tell of pictures that are not RGB."""
+        samples = self._part("labeled")
+        seen = [_header(samples.images[row]) for row in _spread(len(samples))]
+        other = [mode for _, mode in seen if mode != "RGB"]
+        if other:
+            rank_zero_warn(
+                f"{len(other)} of {len(seen)} labelled pictures looked at are {', '.join(sorted(set(other)))}; such "
+                "pictures are converted to RGB"
+            )
+        largest = self.hparams.labeled_scale[1]
+        sizes = [scaled_size(size, self.hparams.train_shorter_side, largest) for size, _ in seen]
+        for axis, name in enumerate(("height", "width")):
+            side, longest = self.crop_size[axis], max(size[axis] for size in sizes)
+            if side > longest:
+                raise ValueError(
+                    f"image_size asks for crops of {name} {side}, but the labelled pictures have at most {longest} "
+                    f"pixels at the largest labeled_scale {largest}, so each crop would be padded; set "
+                    f"--data.image_size to [{', '.join(str(max(size[i] for size in sizes)) for i in (0, 1))}] or less"
+                )
+
+    # Loaders
+
+    def _view(self, part: str, scale_range: Sequence[float], *, photometric: bool, flip: bool) -> SegmentationDataset:
+        build = partial(
+            _view_transforms,
+            size=self.crop_size,
+            shorter_side=self.hparams.train_shorter_side,
+            scale_range=tuple(scale_range),
+            photometric=photometric,
+            flip=flip,
+        )
+        pipeline, view = SeededPipeline(build), STREAMS.index(part)
+        return SegmentationDataset(self._part(part), self.reader.facts, pipeline, seed=self.seed, view=view)
+
+    def _stream(self, name: str, dataset: SegmentationDataset) -> DataLoader:
+        batch_size = self._stream_batch_size(name)
+        processes = self._ranks["world_size"]
+        if batch_size * processes > len(dataset):
+            option = "batch_size" if name == "labeled" else "unlabeled_batch_size"
+            raise ValueError(
+                f"the {len(dataset)} {TITLES[name]} pictures are fewer than one step takes ({batch_size} on each of "
+                f"{processes} process(es)); set --data.{option} to at most {len(dataset) // processes}"
+            )
+        sampler = StreamBatchSampler(
+            len(dataset),
+            batch_size,
+            self.steps_per_epoch,
+            seed=self.seed,
+            stream=STREAMS.index(name),
+            trainer=self.trainer if self.trainer is not None and self.trainer.training else None,
+            **self._ranks,
+        )
+        return self._loader(dataset, sampler, self._batches)
+
+    def _stream_batch_size(self, name: str) -> int:
+        own = self.hparams.unlabeled_batch_size if name == "unlabeled" else None
+        return own or self.hparams.batch_size
+
+    def _announce(self, datasets: dict[str, SegmentationDataset]) -> None:
+        counts = ", ".join(f"{len(samples)} {TITLES[part]}" for part, samples in self._parts.items())
+        sizes = " + ".join(f"{self._stream_batch_size(name)} {TITLES[name]}" for name in datasets)
+        rank_zero_info(
+            f"Pictures: {counts}. An epoch is {self.steps_per_epoch} steps of {sizes} on each of "
+            f"{self._ranks['world_size']} process(es)."
+        )
+
+
+def _view_transforms(**settings: Any) -> "Sequence[BasicTransform]":
+    from datamodules.mask_transforms import view_transforms
+
+    return view_transforms(**settings)
+
+
+def _header(image: Path | np.ndarray) -> tuple[tuple[int, int], str]:
+    """Height, width and mode of a picture, without its pixels."""
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        return image.shape[:2], "RGB"
+    try:
+        with Image.open(image) as opened:
+            return (opened.height, opened.width), opened.mode
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{image}: cannot be decoded ({error}); replace the file") from error
+
+
+def _spread(count: int) -> list[int]:
+    """Some rows of so many, evenly spread."""
+    return sorted({row * count // LOOKED_AT for row in range(LOOKED_AT)})
