@@ -74,8 +74,8 @@ class StemConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to (B, channels, ceil(H / 2), ceil(W / 2))."""
         conv, norm = self.convs[0]
-        if min(x.shape[-2:]) < FULL_STRIDE and not torch.compiler.is_compiling():
-            _warn_of_small_images(*x.shape[-2:])
+        if not torch.compiler.is_compiling():
+            _check_images(x, conv.in_channels)
         x = conv(x.contiguous(memory_format=torch.channels_last))
         # The format of an image with one channel is ambiguous, and the convolution then takes the other one.
         return norm(x.contiguous(memory_format=torch.channels_last))
@@ -337,6 +337,16 @@ def _build_stage(
         for rate in drop_paths[1:]
     ]
     return nn.Sequential(first, *others)
+
+
+def _check_images(images: Tensor, channels: int) -> None:
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)}, but the network takes (batch, {channels}, height, width); "
+            "convert the pictures, or build the network with in_chans of another number"
+        )
+    if min(images.shape[-2:]) < FULL_STRIDE:
+        _warn_of_small_images(*images.shape[-2:])
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -557,6 +558,14 @@ def test_any_image_size_works_and_tiny_ones_are_told(size: int) -> None:
         model(images(2, 3, size, size))
     told = [warning for warning in caught if f"image of {size}x{size} is smaller than 32" in str(warning.message)]
     assert len(told) == (size < 32)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 32, 32), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_of_other_channels_are_told(emo_1m: EMO, shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"images of shape {re.escape(str(shape))}, but the network takes \(batch, 3,"
+    ):
+        emo_1m(torch.zeros(shape))
 
 
 def test_networks_of_the_suite_are_found_by_name() -> None:
