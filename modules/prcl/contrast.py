@@ -43,7 +43,7 @@ class PixelContrast(nn.Module):
         anchors: Q anchors of each class.
         negatives: K negatives of each anchor.
         temperature: of the scores.
-        reduction: of the score over dimensions.
+        reduction: of the score over dimensions; a cosine is a sum whatever is set here.
         global_prototypes: fuse the prototypes over the whole training (journal version).
         forget: see :class:`modules.prcl.prototypes.GlobalPrototypes`.
         virtual_negatives: further negatives from each other class, drawn from its global prototype (journal version).
@@ -91,7 +91,8 @@ class PixelContrast(nn.Module):
             raise ValueError("global_prototypes are distributions; set representation: distribution")
         self.num_classes, self.representation = num_classes, representation
         self.anchors, self.negatives = anchors, negatives
-        self.temperature, self.reduction = temperature, reduction
+        self.temperature = temperature
+        self.reduction: Reduction = "sum" if representation == "point" else reduction
         self.virtual_negatives, self.virtual_radius = virtual_negatives, virtual_radius
         self.memory = GlobalPrototypes(num_classes, dimensions, forget) if global_prototypes else None
 

@@ -50,7 +50,9 @@ def class_statistics(pixels: Gaussians, labels: Tensor, num_classes: int) -> Cla
     """
     precision = pixels.variance.float().reciprocal()
     member = torch.nn.functional.one_hot(labels, num_classes).to(precision.dtype)
-    return ClassStatistics(member.T @ precision, member.T @ (precision * pixels.mean.float()), member.sum(0))
+    # Sums of thousands of pixels need all digits, also where the network runs in half precision.
+    with torch.autocast(precision.device.type, enabled=False):
+        return ClassStatistics(member.T @ precision, member.T @ (precision * pixels.mean.float()), member.sum(0))
 
 
 class GlobalPrototypes(nn.Module):

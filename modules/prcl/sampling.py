@@ -26,9 +26,8 @@ class ClassPools(NamedTuple):
             classes: int64 class of each draw.
             uniform: same shape, random numbers in [0, 1).
         """
-        count = self.count[classes]
-        # A float32 below 1 times a large count can round up to it.
-        place = (uniform.double() * count).long().minimum(count - 1)
+        # Even the largest float32 below 1 times a count below 2^24 is rounded to less than the count.
+        place = (uniform * self.count[classes]).long()
         return self.rows[self.start[classes] + place]
 
 
@@ -69,7 +68,8 @@ def draw_negatives(
         (P, Q, K) int64 rows of pixels.
     """
     possible = (pools.count > 0).expand(len(anchor_classes), -1).scatter(1, anchor_classes[:, None], False)
-    shares = class_scores.float().masked_fill(~possible, -torch.inf).softmax(1)
+    # A network that has diverged shall be stopped by its loss, with a name and the batch, and not by the draw.
+    shares = class_scores.float().nan_to_num().masked_fill(~possible, -torch.inf).softmax(1)
     classes = torch.multinomial(shares, anchors * negatives, replacement=True, generator=generator)
     uniform = torch.rand(classes.shape, device=classes.device, generator=generator)
     return pools.draw(classes, uniform).view(-1, anchors, negatives)
