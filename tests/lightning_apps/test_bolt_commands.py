@@ -1,8 +1,6 @@
 """Every command of the BOLT app, each in a fresh process outside the checkout, on what `fit` wrote."""
 
-import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 
 from datamodules import ImageClassification
 from lightning_apps.checkpoints import read_checkpoint
+from tests.lightning_apps.commands import clean_environment, last, rows, run, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -34,46 +33,16 @@ SHORT = [
 ENCODER = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
 
 
-def clean_environment() -> dict[str, str]:
-    """The environment without what would let the checkout, this run's folder or its W&B service in."""
-    foreign = ("PYTHONPATH", "LIGHTNING_APPS_RUN_FOLDER", "WANDB_SERVICE")
-    kept = {name: value for name, value in os.environ.items() if name not in foreign}
-    return {**kept, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-
-
-def run(
-    folder: Path, *arguments: str, check: bool = True, app: str = "bolt", **environment: str
-) -> subprocess.CompletedProcess:
-    """`python -m lightning_apps.<app> ...` from a folder of its own; the installed package, not the checkout, runs."""
-    environment = {**clean_environment(), **environment}
-    command = [sys.executable, "-m", f"lightning_apps.{app}", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("outside")
-    run(folder, "fit", "--config", "bolt.yaml", *SHORT)
+    run_python(folder, "fit", "--config", "bolt.yaml", *SHORT)
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished(work) -> Path:
     return work / "runs" / "bolt" / "bolt"
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def last(path: Path, key: str) -> float:
-    return float([row[key] for row in rows(path) if row.get(key)][-1])
 
 
 def encoder_of(checkpoint: Path) -> torch.nn.Module:
@@ -117,7 +86,7 @@ def test_validate_and_test_report_what_was_learned(work, finished):
 
 
 def test_predict_writes_probabilities_by_name(work, finished):
-    run(work, "predict", "--ckpt_path", "last")
+    run_python(work, "predict", "--ckpt_path", "last")
     table = pd.read_csv(finished / "predict" / "predictions.csv")
     data = ImageClassification(layout="digits")
     assert table["id"].tolist() == data.sample_ids("test")
@@ -157,7 +126,9 @@ def test_a_run_stopped_by_sigterm_and_resumed_ends_as_the_uninterrupted_one(work
     )
     stopped = work / "runs/bolt/stopped"
     started = time.monotonic()
-    while not list(stopped.glob("checkpoints/best.ckpt")) and time.monotonic() - started < 120:
+    while (
+        not list(stopped.glob("checkpoints/best.ckpt")) and process.poll() is None and time.monotonic() - started < 200
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0].decode()
@@ -185,7 +156,7 @@ def test_help_and_print_config_are_clean(work):
     done = run(work, "fit", "--print_config")
     assert done.stderr == ""
     assert yaml.safe_load(done.stdout)["app"] == "bolt"
-    for arguments in (["--help"], ["fit", "--help"], ["export", "--help"]):
-        done = run(work, *arguments)
+    for start, arguments in ((run_python, ["--help"]), (run, ["fit", "--help"]), (run, ["export", "--help"])):
+        done = start(work, *arguments)
         assert done.stderr == ""
         assert done.stdout.startswith("usage: python -m lightning_apps.bolt")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.lightning_apps.test_bolt_commands import last, run
+from tests.lightning_apps.commands import last, run, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     (folder / "watch.py").write_text(WATCH)
     short = ["--trainer.limit_train_batches", "5", "--callbacks.probes.every_n_epochs", "1", "--data.batch_size", "64"]
-    run(folder, "fit", *TWO, *short, "--trainer.max_epochs", "1", "--trainer.callbacks+=watch.Watch")
+    run_python(folder, "fit", *TWO, *short, "--trainer.max_epochs", "1", "--trainer.callbacks+=watch.Watch")
     return folder
 
 
@@ -84,6 +84,6 @@ def test_metrics_on_two_processes_equal_those_on_one(work):
     run(work, "validate", "--ckpt_path", "last")
     assert last(one, "val/main") == pytest.approx(trained, abs=1e-6)
     knn = last(one, "val/knn_acc")
-    run(work, "validate", "--ckpt_path", "last", *TWO)
+    run_python(work, "validate", "--ckpt_path", "last", *TWO)
     assert last(one, "val/main") == pytest.approx(trained, abs=1e-6)
     assert last(one, "val/knn_acc") == pytest.approx(knn, abs=1e-6)

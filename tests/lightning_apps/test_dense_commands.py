@@ -14,7 +14,7 @@ from lightning_apps.checkpoints import read_checkpoint
 from modules.detection import Detector
 from modules.segmentation import DenseSegmenter
 from tests.data_layouts import write_camvid, write_coco
-from tests.lightning_apps.test_bolt_commands import last, run
+from tests.lightning_apps.commands import last, run
 
 pytestmark = pytest.mark.slow
 

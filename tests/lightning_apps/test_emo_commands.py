@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import modules.emo  # noqa: F401  # registers emo_1m in timm
 from datamodules import ImageClassification
 from lightning_apps.checkpoints import read_checkpoint
-from tests.lightning_apps.test_bolt_commands import last, rows, run
+from tests.lightning_apps.commands import last, rows, run, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.acceler
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("outside")
-    run(folder, "fit", *SHORT, app="emo")
+    run_python(folder, "fit", *SHORT, app="emo")
     return folder
 
 
@@ -96,7 +96,7 @@ def test_export_writes_three_files_that_compute_what_the_network_does(work, fini
 
 
 def test_two_processes_train_and_score_as_one_checkpoint(work):
-    run(work, "fit", *TWO, *SHORT, "--run.name", "two", app="emo")
+    run_python(work, "fit", *TWO, *SHORT, "--run.name", "two", app="emo")
     folder = work / "runs" / "emo" / "two"
     run(work, "validate", "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), app="emo")
     found = last(folder / "validate" / "metrics.csv", "val/main")
