@@ -78,9 +78,13 @@ class StrongViews:
         """Strong views of the same shapes; random numbers come from torch's global generator.
 
         Raises:
-            ValueError: for mixing a batch of one image.
+            ValueError: for mixing a batch of one image, or channels other than those of ``mean`` and ``std``.
         """
-        batch = len(views.images)
+        batch, channels = views.images.shape[:2]
+        if self.photometric and not len(self.mean) == len(self.std) == channels:
+            raise ValueError(
+                f"mean and std: {len(self.mean)} and {len(self.std)} values, but the images have {channels} channels"
+            )
         if self.mix in ("classmix", "cutmix") and batch < 2:
             raise ValueError(
                 f"mix: {self.mix} needs a second image, but the batch of unlabelled images holds 1; raise "
@@ -132,7 +136,9 @@ def rescale_pad_crop(
     factor = scale_range[0] + (scale_range[1] - scale_range[0]) * draw[0]
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     image = functional.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
-    maps = functional.interpolate(torch.stack([label.to(confidence), confidence])[None], size=size, mode="nearest")[0]
+    # Plain "nearest" would take them up to half a pixel above and left of where the image is sampled.
+    maps = torch.stack([label.to(confidence), confidence])[None]
+    maps = functional.interpolate(maps, size=size, mode="nearest-exact")[0]
     pad = (0, max(0, width - size[1]), 0, max(0, height - size[0]))
     image = reflect_pad(image, (size[0] + pad[3], size[1] + pad[1]))
     label = functional.pad(maps[0].long(), pad, value=VOID)
@@ -182,8 +188,8 @@ def rectangles(batch: int, size: Sequence[int], device: torch.device | None = No
     """
     height, width = size
     draw = torch.rand(3, batch, device=device)
-    wide = (width / 2 + draw[0] * width / 2).floor().clamp(min=1)
-    high = (height * width / 2 / wide).floor().clamp(1, height)
+    wide = (width / 2 + draw[0] * width / 2).ceil()
+    high = (height * width / 2 / wide).round().clamp(1, height)
     left, top = (draw[1] * (width - wide + 1)).floor(), (draw[2] * (height - high + 1)).floor()
     row, column = torch.arange(height, device=device), torch.arange(width, device=device)
     rows = (row >= top[:, None]) & (row < (top + high)[:, None])

@@ -99,4 +99,5 @@ def multi_scale_logits(segmenter: Segmenter, images: Tensor, scales: Sequence[fl
             logits = segmenter(scaled.flip(-1) if mirrored else scaled).float()
             logits = resize_logits(logits.flip(-1) if mirrored else logits, images.shape[2:])
             total = logits.softmax(1) if total is None else total + logits.softmax(1)
-    return torch.log(total / (len(scales) * (1 + flip)))
+    # A class whose probability underflows at every scale has a finite logit, and a finite loss where it is right.
+    return torch.log((total / (len(scales) * (1 + flip))).clamp(min=torch.finfo(total.dtype).tiny))

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from modules.prcl import contrast as contrast_module
 from modules.prcl.contrast import PixelContrast
-from modules.prcl.prototypes import class_statistics
 from modules.prcl.sampling import draw_anchors, draw_negatives
 from modules.prcl.similarity import Gaussians, gaussian_contrast
 

@@ -129,5 +129,5 @@ def test_global_prototypes_go_on_from_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("forget", [0.0, -0.1, 1.1, float("nan")])
 def test_forget_out_of_range(forget):
-    with pytest.raises(ValueError, match="forget: .* is outside"):
+    with pytest.raises(ValueError, match=r"forget: .* is outside"):
         GlobalPrototypes(CLASSES, DIMENSIONS, forget)
