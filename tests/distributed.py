@@ -72,9 +72,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: 
 
 
 def quick_processes() -> BaseContext:
-    """Return a ``multiprocessing`` context whose processes are new ones, but with torch and Lightning imported."""
+    """Return a ``multiprocessing`` context whose processes are new ones, but with the slow imports behind them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lightning.pytorch"])
+    context.set_forkserver_preload(["torch", "lightning.pytorch", "timm", "albumentations", "pytest"])
     return context
 
 

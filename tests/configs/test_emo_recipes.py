@@ -142,6 +142,7 @@ def test_emo_learns_ten_classes_of_tiny_imagenet(shared_data, tmp_path):
     root = shared_data / "images" / "tiny-imagenet-10"
     options = [
         *("--run.root", str(tmp_path / "runs"), "--data.root", str(root), "--trainer.max_epochs", "2"),
+        *("--trainer.check_val_every_n_epoch", "2", "--callbacks.pictures", "null"),
         *("--trainer.accelerator", "cpu", "--trainer.logger", "csv", "--trainer.enable_progress_bar", "false"),
     ]
     cli = AppCLI(APP, ["fit", "--config", "emo/tiny_imagenet_10.yaml", *options])
