@@ -1,39 +1,56 @@
-"""Two gloo ranks against one process: statistics of prototypes, and the contrast where a rank sees one class."""
+"""PRCL on two gloo ranks: metrics, teacher and global prototypes alike, and the steps of one process."""
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from modules.prcl.contrast import PixelContrast
-from modules.prcl.prototypes import GlobalPrototypes, class_statistics
-from modules.prcl.similarity import Gaussians
+from callbacks import EMATarget
+from modules.prcl import ProbabilisticSegmenter
 from tests.distributed import run_ranks
+from tests.modules.test_prcl_module import PLAIN_VIEWS, SMALL, both
+from tests.modules.test_segmenter_two_ranks import TWO_RANKS, evaluation, without_batch_statistics
+from tests.modules.toy_images import quiet_trainer
 
-CLASSES, DIMENSIONS, COUNT = 5, 6, 80
+# Each pixel of an image counts, since none of the untrained teacher is sure of more than this.
+MEAN_TEACHER = {"method": "mean_teacher", "unsupervised_threshold": 0.2}
 
 
-def pixels():
-    """Class 3 has no pixels; the labels of the second half are all 0."""
-    generator = torch.Generator().manual_seed(0)
-    mean = 3 * torch.randn(COUNT, DIMENSIONS, generator=generator)
-    variance = torch.rand(COUNT, DIMENSIONS, generator=generator) + 0.01
-    labels = torch.tensor([0, 1, 2, 4])[torch.randint(4, (COUNT,), generator=generator)]
-    labels[COUNT // 2 :] = 0
-    return Gaussians(mean, variance), labels
+def segmenter(**settings):
+    torch.manual_seed(0)
+    module = ProbabilisticSegmenter(**{**SMALL, **PLAIN_VIEWS, "lr": 0.02, "weak_threshold": 0.0, **settings})
+    return without_batch_statistics(module)
+
+
+def loader(batches):
+    return DataLoader(batches, batch_size=None)
+
+
+def train(module, batches, **options):
+    callback = EMATarget("student", "teacher", momentum=0.99, schedule="warmup", log_as=None)
+    quiet_trainer(max_epochs=1, callbacks=[callback], **options).fit(module, loader(batches))
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def mean_teacher_batches():
+    return [both(seed=seed) for seed in range(4)]
+
+
+def one_class_on_rank_one(rank):
+    """Rank 0 sees two classes, rank 1 a single one."""
+    batches = [both(seed=seed) for seed in range(2)]
+    if rank == 1:
+        for batch in batches:
+            for part in batch.values():
+                part.masks.fill_(2)
+    return batches
 
 
 def on_a_rank(rank):
-    gaussians, labels = pixels()
-    half = slice(rank * COUNT // 2, (rank + 1) * COUNT // 2)
-    own = Gaussians(*(part[half].clone().requires_grad_() for part in gaussians))
-    sure = torch.ones(COUNT // 2, dtype=torch.bool)
-    statistics = class_statistics(own, labels[half], CLASSES).over_processes()
-    contrasts = {}
-    for name, options in {"batch": {}, "global": {"global_prototypes": True, "virtual_negatives": 2}}.items():
-        module = PixelContrast(CLASSES, DIMENSIONS, anchors=6, negatives=9, temperature=4.0, **options)
-        result = module(own, labels[half], sure, sure, torch.Generator().manual_seed(rank))
-        gradients = torch.autograd.grad(result.loss, own)
-        contrasts[name] = (result.loss.item(), [part.abs().max().item() for part in gradients], result.prototypes)
-    return statistics, contrasts, labels[half].unique().tolist()
+    (metrics,) = quiet_trainer(**TWO_RANKS).validate(segmenter(), evaluation(rank, 2), verbose=False)
+    steps = train(segmenter(**MEAN_TEACHER), mean_teacher_batches()[rank::2], **TWO_RANKS)
+    # Labels come from the masks alone: no unlabelled pixel is trusted.
+    lonely = segmenter(global_prototypes=True, weak_threshold=1.0)
+    return metrics, steps, train(lonely, one_class_on_rank_one(rank), **TWO_RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +58,27 @@ def ranks():
     return run_ranks(on_a_rank, 2)
 
 
-def test_statistics_are_those_of_one_process_with_all_pixels(ranks):
-    expected = class_statistics(*pixels(), CLASSES)
-    for statistics, *_ in ranks:
-        for found, wanted in zip(statistics, expected, strict=True):
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+def test_metrics_of_the_same_weights_are_those_of_one_process(ranks):
+    (expected,) = quiet_trainer().validate(segmenter(), evaluation(), verbose=False)
+    assert {"val/miou_teacher", "val/miou_student", "val/main"} <= expected.keys()
+    for metrics, *_ in ranks:
+        assert metrics == pytest.approx(expected, abs=1e-6)
 
 
-def test_prototypes_are_equal_on_both_ranks_and_those_of_all_pixels(ranks):
-    statistics = class_statistics(*pixels(), CLASSES)
-    expected = {"batch": statistics.prototypes(), "global": GlobalPrototypes(CLASSES, DIMENSIONS).fuse(statistics)}
-    for name, wanted in expected.items():
-        first, second = (contrasts[name][2] for _, contrasts, _ in ranks)
-        for ours, theirs, whole in zip(first, second, wanted, strict=True):
-            assert torch.equal(ours, theirs)
-            torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
+def test_two_ranks_equal_one_process_with_two_accumulated_batches(ranks):
+    expected = train(segmenter(**MEAN_TEACHER), mean_teacher_batches(), accumulate_grad_batches=2)
+    start = segmenter(**MEAN_TEACHER).state_dict()
+    moved = {name: (value - start[name]).abs().max().item() for name, value in expected.items()}
+    assert max(value for name, value in moved.items() if name.startswith("student.")) > 1e-3
+    assert max(value for name, value in moved.items() if name.startswith("teacher.")) > 1e-3
+    for _, steps, _ in ranks:
+        for name, value in expected.items():
+            assert torch.allclose(value, steps[name], atol=1e-5), name
 
 
-def test_a_rank_with_one_class_neither_hangs_nor_fails(ranks):
-    (_, many, seen), (_, one, alone) = ranks
-    assert (seen, alone) == ([0, 1, 2, 4], [0])
-    for name in many:
-        loss, gradients, _ = many[name]
-        assert loss > 0
-        assert min(gradients) > 0
-        loss, gradients, _ = one[name]
-        assert loss == 0
-        assert gradients == [0.0, 0.0]
+def test_ranks_agree_where_one_sees_a_single_class(ranks):
+    first, second = (state for *_, state in ranks)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert not torch.equal(first["contrast.memory.precision"][2], torch.ones(SMALL["dimensions"]))

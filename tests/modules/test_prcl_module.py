@@ -1,0 +1,337 @@
+"""PRCL as a LightningModule: its loss term by term, its schedules, its teacher, its evaluation."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from callbacks import EMATarget, ExactResume, StepSeed
+from datamodules import SemiSupervisedSegmentation
+from modules.prcl import ProbabilisticSegmenter
+from tests.modules.street_scenes import CLASSES, TINY_BACKBONE, VOID, Scene, scene, scene_loader
+from tests.modules.toy_images import quiet_trainer, silence
+from tests.noisy_training import equal
+
+SMALL = {"backbone": TINY_BACKBONE, "num_classes": CLASSES, "anchors": 8, "negatives": 16, "dimensions": 32}
+PLAIN_VIEWS = {"mix": "none", "strong_scale": [1.0, 1.0], "photometric": False, "flip": False}
+
+
+def segmenter(**settings):
+    torch.manual_seed(0)
+    return ProbabilisticSegmenter(**{**SMALL, **settings})
+
+
+def both(size=2, seed=0, **kwargs):
+    return {"labeled": scene(size, seed=seed, **kwargs), "unlabeled": scene(size, seed=seed + 100, **kwargs)}
+
+
+def teacher_callback():
+    return EMATarget("student", "teacher", momentum=0.99, schedule="warmup", log_as=None)
+
+
+def batches(count=3, **kwargs):
+    return DataLoader([both(seed=seed, **kwargs) for seed in range(count)], batch_size=None)
+
+
+def step_loss(module, batch, epoch=0, epochs=10):
+    """Loss of one training step without a trainer."""
+    silence(module).train()
+    module._trainer = SimpleNamespace(current_epoch=epoch, max_epochs=epochs)
+    type(module).current_epoch = property(lambda self: epoch)
+    try:
+        torch.manual_seed(3)
+        return module.training_step(batch, 0)["loss"]
+    finally:
+        del type(module).current_epoch
+        module._trainer = None
+
+
+def by_hand(network, batch, threshold):
+    """Supervised and unsupervised loss of a student and a teacher that are both ``network``, pixel by pixel."""
+    student, teacher = copy.deepcopy(network).train(), copy.deepcopy(network).train()
+    with torch.no_grad():
+        probabilities = teacher(batch["unlabeled"].images).softmax(1)
+        confidence, pseudo = probabilities.max(1)
+        labelled = student(batch["labeled"].images).log_softmax(1).numpy()
+        unlabelled = student(batch["unlabeled"].images).log_softmax(1).numpy()
+    masks, pseudo, confidence = batch["labeled"].masks.numpy(), pseudo.numpy(), confidence.numpy()
+    supervised = [-labelled[b, masks[b, i, j], i, j] for b, i, j in np.argwhere(masks != VOID)]
+    unsupervised = []
+    for image in range(len(pseudo)):
+        share = np.mean([value >= threshold for value in confidence[image].flatten()])
+        unsupervised += [
+            share * -unlabelled[image, pseudo[image, i, j], i, j] for i, j in np.ndindex(pseudo[image].shape)
+        ]
+    return np.mean(supervised), np.mean(unsupervised)
+
+
+def test_loss_is_the_sum_of_its_terms_pixel_by_pixel():
+    module = segmenter(method="mean_teacher", unsupervised_threshold=0.3, unsupervised_weight=0.7, **PLAIN_VIEWS)
+    batch = both(side=32)
+    supervised, unsupervised = by_hand(module.student, batch, threshold=0.3)
+    loss = step_loss(module, batch)
+    assert unsupervised > 0.01
+    assert module.loss_terms["supervised_loss"].item() == pytest.approx(supervised, rel=1e-4)
+    assert module.loss_terms["unsupervised_loss"].item() == pytest.approx(unsupervised, rel=1e-4)
+    assert loss.item() == pytest.approx(supervised + 0.7 * unsupervised, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prcl", "point_contrast"])
+def test_contrast_joins_the_loss_with_the_weight_of_the_epoch(method):
+    settings = {"method": method, "weak_threshold": 0.0, "strong_threshold": 1.0, "contrast_weight": 2.0}
+    for epoch, share in ((0, 1.0), (5, math.exp(-1.25)), (10, 0.0)):
+        module = segmenter(**settings, **PLAIN_VIEWS)
+        loss = step_loss(module, both(), epoch=epoch)
+        terms = module.loss_terms
+        assert terms["contrast_loss"] > 0
+        rest = terms["supervised_loss"] + terms["unsupervised_loss"]
+        assert loss.item() == pytest.approx((rest + 2.0 * share * terms["contrast_loss"]).item(), rel=1e-5)
+        loss.backward()
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        assert all(parameter.grad is not None for parameter in trained), "DDP would wait for these"
+
+
+def test_every_method_trains_only_what_it_has():
+    supervised, teacher = segmenter(method="supervised"), segmenter(method="mean_teacher")
+    assert supervised.teacher is None
+    assert supervised.heads is None
+    assert teacher.heads is None
+    assert segmenter(method="point_contrast").heads.probability is None
+    step_loss(supervised, {"labeled": scene()}).backward()
+    assert supervised.loss_terms.keys() == {"supervised_loss"}
+
+
+def test_representation_receives_gradients_of_the_contrast_alone():
+    module = segmenter(method="prcl", weak_threshold=0.0, strong_threshold=1.0)
+    step_loss(module, both()).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.heads.parameters())
+    without = segmenter(method="prcl", weak_threshold=0.0, strong_threshold=1.0, contrast_weight=0.0)
+    step_loss(without, both()).backward()
+    assert all(parameter.grad.abs().sum() == 0 for parameter in without.heads.parameters())
+
+
+def test_hidden_labels_are_watched_and_never_learned_from():
+    batch = both()
+    hidden = batch["unlabeled"]
+    others = {**batch, "unlabeled": Scene(hidden.images, (hidden.masks + 1) % CLASSES, hidden.index)}
+    losses = [step_loss(segmenter(), batches).item() for batches in (batch, others)]
+    assert losses[0] == losses[1]
+
+
+def test_void_everywhere_is_no_reason_to_fail():
+    batch = both()
+    void = {key: Scene(part.images, torch.full_like(part.masks, VOID), part.index) for key, part in batch.items()}
+    loss = step_loss(segmenter(weak_threshold=1.0), void)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_two_classes_have_a_contrast():
+    module = segmenter(num_classes=2, weak_threshold=0.0, strong_threshold=1.0)
+    batch = both()
+    two = {
+        key: Scene(part.images, part.masks.where(part.masks == VOID, part.masks % 2), part.index)
+        for key, part in batch.items()
+    }
+    two["labeled"].masks[0, :, 1:20], two["labeled"].masks[1, :, 1:20] = 0, 1
+    step_loss(module, two)
+    assert module.loss_terms["contrast_loss"] > 0
+
+
+def test_variance_can_be_penalised():
+    plain, penalised = (segmenter(variance_weight=weight) for weight in (0.0, 0.5))
+    losses = [step_loss(module, both()) for module in (plain, penalised)]
+    variance = penalised.loss_terms["variance"]
+    assert 0.3 < variance < 0.7
+    assert (losses[1] - losses[0]).item() == pytest.approx(0.5 * variance.item(), rel=1e-4)
+
+
+def test_joint_forward_shares_the_batch_statistics():
+    torch.manual_seed(1)
+    batch = both()
+    apart, joint = (segmenter(joint_forward=value, **PLAIN_VIEWS) for value in (False, True))
+    assert step_loss(apart, batch).item() != step_loss(joint, batch).item()
+    images = torch.cat([batch["labeled"].images, batch["unlabeled"].images])
+    network = segmenter(**PLAIN_VIEWS).student.train()
+    logits = network(images)[:2]
+    expected = functional.cross_entropy(logits, batch["labeled"].masks, ignore_index=VOID)
+    assert joint.loss_terms["supervised_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_learning_rates_fall_from_epoch_to_epoch_as_published():
+    module = segmenter()
+    module._trainer = SimpleNamespace(max_epochs=200, train_dataloader=None)
+    found = module.configure_optimizers()
+    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    assert found["lr_scheduler"]["interval"] == "epoch"
+    rates = []
+    for _ in range(200):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    for epoch, (backbone, heads, probability) in enumerate(rates):
+        expected = max(3.2e-3 * (1 - epoch / 200) ** 0.9, 1e-6)
+        assert backbone == pytest.approx(expected, rel=1e-6)
+        assert heads == pytest.approx(expected, rel=1e-6)
+        assert probability == pytest.approx(max(5e-5 * (1 - epoch / 200) ** 0.9, 1e-6), rel=1e-6)
+    assert rates[100][0] == pytest.approx(1.7148e-3, rel=1e-4)
+    assert rates[199][2] == pytest.approx(1e-6), "held by min_lr"
+    group = optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-4)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = [id(parameter) for parameter in module.parameters() if parameter.requires_grad]
+    assert sorted(held) == sorted(wanted)
+
+
+def test_weight_of_the_contrast_is_the_published_table():
+    module = segmenter(contrast_end=200)
+    for epoch, value in ((0, 1.0), (100, 0.2865), (199, 0.00708), (200, 0.0)):
+        module._trainer = SimpleNamespace(current_epoch=epoch, max_epochs=300)
+        assert module.contrast_weight() == pytest.approx(value, abs=5e-5)
+
+
+def test_teacher_follows_the_parameters_and_keeps_its_own_batch_statistics():
+    module, trainer = segmenter(), quiet_trainer(max_steps=1, callbacks=[teacher_callback()])
+    trainer.fit(module, batches(1))
+    student, teacher = dict(module.student.named_parameters()), dict(module.teacher.named_parameters())
+    assert all(torch.equal(student[name], value) for name, value in teacher.items()), "the first update copies"
+    statistics = [network.project.bn.running_mean for network in (module.student, module.teacher)]
+    assert not torch.equal(*statistics)
+    assert module.teacher.project.bn.num_batches_tracked == 1, "its own pass over weak views"
+    assert module.student.project.bn.num_batches_tracked == 2
+    quiet_trainer(max_steps=3, callbacks=[teacher_callback()]).fit(module, batches(3))
+    moved = {name: (student[name] - value).abs().max().item() for name, value in teacher.items()}
+    assert max(moved.values()) > 1e-6
+
+
+def test_evaluation_scores_teacher_and_student_at_the_size_of_the_masks():
+    module = segmenter()
+    with torch.no_grad():
+        module.teacher.classifier[1].bias += torch.tensor([0.3, -0.2, 0.1, 0.0])
+    loader = scene_loader(4, mask_side=80)
+    (metrics,) = quiet_trainer().validate(module, loader, verbose=False)
+    for name, network in (("teacher", module.teacher), ("student", module.student)):
+        hits, union = np.zeros(CLASSES), np.zeros(CLASSES)
+        for batch in loader:
+            with torch.no_grad():
+                logits = functional.interpolate(network.eval()(batch.images), size=80, mode="bilinear")
+            found, true = logits.argmax(1).numpy(), batch.masks.numpy()
+            for label in range(CLASSES):
+                seen = true != VOID
+                hits[label] += ((found == label) & (true == label)).sum()
+                union[label] += (((found == label) | (true == label)) & seen).sum()
+        assert metrics[f"val/miou_{name}"] == pytest.approx(np.mean(hits[union > 0] / union[union > 0]), abs=1e-6)
+    assert metrics["val/main"] == metrics["val/miou_teacher"] != metrics["val/miou_student"]
+    (again,) = quiet_trainer().validate(module, loader, verbose=False)
+    assert again == metrics
+
+
+def test_predictions_bring_their_uncertainty():
+    module, batch = segmenter().eval(), scene(mask_side=80)
+    with torch.no_grad():
+        found = module.predict_step(batch, 0)
+        variance = module.heads(module.student.features(batch.images)).variance.mean(1, keepdim=True)
+        small = functional.interpolate(variance, size=64, mode="bilinear", align_corners=True)
+        expected = functional.interpolate(small, size=80, mode="bilinear")[:, 0]
+    assert [mask.shape for mask in found["masks"]] == [(80, 80)] * 2
+    assert found["masks"][0].dtype == torch.uint8
+    assert torch.allclose(torch.stack(found["uncertainty"]), expected, atol=1e-5)
+    plain = segmenter(method="supervised").eval()
+    with torch.no_grad():
+        doubt = plain.uncertainty(batch.images)
+        assert torch.allclose(doubt, 1 - plain.student(batch.images).softmax(1).amax(1, keepdim=True))
+
+
+def test_scales_flips_and_windows_change_what_is_evaluated():
+    images = scene().images
+    outputs = {}
+    for name, settings in (
+        ("plain", {}),
+        ("scales", {"scales": [0.75, 1.0], "test_flip": True}),
+        ("windows", {"window": 48, "window_stride": 16}),
+    ):
+        module = segmenter(**settings).eval()
+        with torch.no_grad():
+            outputs[name] = module(images)
+    assert {tuple(value.shape) for value in outputs.values()} == {(2, CLASSES, 64, 64)}
+    assert not torch.allclose(outputs["plain"].softmax(1), outputs["scales"].softmax(1), atol=1e-4)
+    assert not torch.allclose(outputs["plain"], outputs["windows"], atol=1e-4)
+
+
+def test_pictures_have_four_parts_and_training_ones_appear_after_a_step():
+    module = segmenter().eval()
+    assert [picture.shape for picture, _ in module.pictures(scene())["val/segmentation"]] == [(3, 64, 4 * 64)] * 2
+    step_loss(module, both())
+    shown = module.eval().pictures(scene())
+    assert shown.keys() == {"val/segmentation", "train/strong_views"}
+    for pictures in shown.values():
+        assert all(picture.min() >= 0 and picture.max() <= 1 for picture, _ in pictures)
+
+
+class SaveAtStep(Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def run_on_shapes(folder, resume=None):
+    data = SemiSupervisedSegmentation("shapes", batch_size=2, images_per_epoch=6, seed=5)
+    module = segmenter(num_classes=data.num_classes, global_prototypes=True, weak_threshold=0.0)
+    callbacks = [teacher_callback(), ExactResume(), StepSeed(seed=1), SaveAtStep(4, folder / "middle.ckpt")]
+    trainer = quiet_trainer(max_epochs=2, callbacks=callbacks, use_distributed_sampler=False, limit_val_batches=0)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    assert trainer.num_training_batches == 3, "the checkpoint is written inside an epoch"
+    return module.state_dict(), trainer.optimizers[0].state_dict()
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    weights, optimizer = run_on_shapes(tmp_path)
+    again, resumed_optimizer = run_on_shapes(tmp_path, resume=tmp_path / "middle.ckpt")
+    assert {name.split(".")[0] for name in weights} >= {"student", "teacher", "heads", "contrast"}
+    assert equal(dict(weights), dict(again))
+    assert equal(optimizer, resumed_optimizer)
+
+
+def test_a_batch_of_one_image_is_refused():
+    with pytest.raises(ValueError, match=r"holds 1 labelled image.*data.batch_size"):
+        step_loss(segmenter(method="supervised"), {"labeled": scene(1)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "reco"}, "method: 'reco' is unknown; expected prcl, point_contrast, mean_teacher, supervised"),
+        ({"weak_threshold": 1.2}, r"weak_threshold: 1.2 is outside \[0, 1\]"),
+        ({"temperature": 0.0}, "temperature: 0.0 is not positive"),
+        ({"anchors": 0}, "anchors: 0 is below 1"),
+        ({"negatives": 0}, "negatives: 0 is below 1"),
+        ({"mix": "mixup"}, "mix: 'mixup' is unknown"),
+        ({"num_classes": 1}, "num_classes: 1 is outside"),
+        ({"virtual_negatives": 2}, "set global_prototypes: true"),
+        ({"forget": 0.0, "global_prototypes": True}, "forget: 0.0 is outside"),
+        ({"scales": []}, "scales"),
+        ({"momentum": 0.0}, "momentum: 0.0 is outside"),
+        ({"class_names": ["a"]}, "class_names: 1 values for 4 classes"),
+        ({"window_stride": 4}, "window_stride"),
+        ({"contrast_weight": -1.0}, "contrast_weight: -1.0 is negative"),
+        ({"strong_scale": [1.5, 0.5]}, "scale_range"),
+        ({"backbone": "vit_tiny_patch16_224"}, "backbone"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        segmenter(**settings)
+
+
+def test_a_weak_threshold_above_the_strong_one_is_warned_of():
+    with pytest.warns(UserWarning, match="few pixels"):
+        segmenter(weak_threshold=0.9, strong_threshold=0.8)
