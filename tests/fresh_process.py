@@ -38,10 +38,14 @@ class Starter:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
+        self._begin()
+
+    def _begin(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="starter-")
         command = [sys.executable, "-P", str(Path(__file__).resolve()), *PRELOADED]
         self._process = subprocess.Popen(
-            command, cwd=self._folder.name, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            command, cwd=self._folder.name, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
 
@@ -72,6 +76,7 @@ class Starter:
         shown = [path.read_text() if path.exists() else "" for path in outputs]
         if not answer.strip():
             self.close()
+            self._begin()
             raise AssertionError(f"python -m {module} {' '.join(arguments)}: no end within {timeout:g} s\n{shown[1]}")
         return subprocess.CompletedProcess([module, *arguments], int(answer), *shown)
 
