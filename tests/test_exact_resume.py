@@ -97,10 +97,6 @@ def test_interruption_after_every_checkpoint(tmp_path, lengths, options):
     assert die_everywhere(tmp_path, lengths, 0, False, **options) == []
 
 
-def test_resume_with_persistent_workers(tmp_path):
-    assert resume_everywhere(tmp_path, (8, 4), 2, True) == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True], ids=["new workers", "persistent workers"])
 @pytest.mark.parametrize("lengths", [(12,), (8, 4)], ids=["single", "combined"])
