@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from modules.optimization import epoch_poly, scaled_lr, steps_per_epoch, total_steps_of
 from modules.prcl.contrast import ContrastResult, PixelContrast
 from modules.prcl.losses import confidence_weighted_cross_entropy, ramp
-from modules.prcl.monitoring import ClassMeans, pseudo_label_quality
+from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality
 from modules.prcl.network import PixelOutputs, RepresentationHeads, flat_pixels, nearest, pixel_outputs
 from modules.prcl.similarity import Gaussians, Reduction
 from modules.prcl.strong_views import MixName, PseudoLabelled, StrongViews
@@ -184,6 +184,7 @@ class ProbabilisticSegmenter(LightningModule):
             {f"{stage}_{name}": EvaluationScores(num_classes) for stage in ("val", "test") for name in self.networks}
         )
         self.class_variance, self.prototype_precision = ClassMeans(num_classes), ClassMeans(num_classes)
+        self.quality = PseudoLabelQuality(unsupervised_threshold)
         self.loss_terms: dict[str, Tensor] = {}
         self._shown: PseudoLabelled | None = None
 
@@ -296,8 +297,7 @@ class ProbabilisticSegmenter(LightningModule):
         """Label the weak views with the teacher and make strong ones of them."""
         probabilities = self.teacher(unlabeled.images).float().softmax(1)
         confidence, labels = probabilities.max(1)
-        quality = pseudo_label_quality(labels, confidence, unlabeled.masks, self.hparams.unsupervised_threshold)
-        self._log_training(quality, len(labels))
+        self.quality.update(labels, confidence, unlabeled.masks)
         strong = self.strong_views(PseudoLabelled(unlabeled.images, labels, confidence))
         self._shown = PseudoLabelled(*(part[:PICTURES] for part in strong))
         return strong
@@ -375,12 +375,17 @@ class ProbabilisticSegmenter(LightningModule):
         )
 
     def on_train_epoch_end(self) -> None:
-        """Log the mean variance of each class's pixels, and the mean logarithm of its prototypes' precision."""
-        for prefix, metric in (("variance", self.class_variance), ("precision", self.prototype_precision)):
-            if self.hparams.method == "prcl":
+        """Log the quality of pseudo-labels, and by class the variance of pixels and the log precision of prototypes."""
+        values: dict[str, Tensor] = {}
+        if self.has_teacher:
+            values |= {f"train/{name}": value for name, value in self.quality.compute().items()}
+            self.quality.reset()
+        if self.hparams.method == "prcl":
+            for prefix, metric in (("variance", self.class_variance), ("precision", self.prototype_precision)):
                 named = zip(self.class_names, metric.compute(), strict=True)
-                self.log_dict({f"{prefix}/{name}": value for name, value in named if torch.isfinite(value)})
+                values |= {f"{prefix}/{name}": value for name, value in named if torch.isfinite(value)}
                 metric.reset()
+        self.log_dict(values, sync_dist=True)
 
     # Evaluation
 

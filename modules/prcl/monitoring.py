@@ -37,24 +37,49 @@ class ClassMeans(Metric):
         return (self.total / self.count).float()
 
 
-def pseudo_label_quality(labels: Tensor, confidence: Tensor, truth: Tensor, threshold: float) -> dict[str, Tensor]:
+class PseudoLabelQuality(Metric):
     """How many pseudo-labels are confident, and how many are right where the hidden labels are known.
 
     Args:
-        labels: (B, H, W) int64 pseudo-labels.
-        confidence: (B, H, W).
-        truth: (B, H, W) int64 hidden labels, 255 where unknown.
-        threshold: from which on a label counts as confident.
-
-    Returns:
-        ``pseudo_confident``, the share of confident pixels; where hidden labels are known also ``pseudo_accuracy`` and
-        ``pseudo_confident_accuracy`` over known pixels. Scalars.
+        threshold: confidence from which on a label counts as confident.
     """
-    confident, known = confidence >= threshold, truth != VOID
-    right = (labels == truth) & known
-    sure = (confident & known).sum()
-    return {
-        "pseudo_confident": confident.float().mean(),
-        "pseudo_accuracy": right.sum() / known.sum().clamp(min=1),
-        "pseudo_confident_accuracy": (right & confident).sum() / sure.clamp(min=1),
-    }
+
+    full_state_update = False
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        for name in ("pixels", "confident", "known", "right", "known_confident", "right_confident"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, labels: Tensor, confidence: Tensor, truth: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            labels: (B, H, W) int64 pseudo-labels.
+            confidence: (B, H, W).
+            truth: (B, H, W) int64 hidden labels, 255 where unknown.
+        """
+        confident, known = confidence >= self.threshold, truth != VOID
+        right = (labels == truth) & known
+        self.pixels += labels.numel()
+        self.confident += confident.sum()
+        self.known += known.sum()
+        self.right += right.sum()
+        self.known_confident += (known & confident).sum()
+        self.right_confident += (right & confident).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Shares.
+
+        Returns:
+            ``pseudo_coverage`` of all pixels are confident; where hidden labels are known, ``pseudo_accuracy`` of the
+            known pixels are right, and ``pseudo_confident_accuracy`` of the confident ones among these. A share of
+            nothing is left out.
+        """
+        shares = {
+            "pseudo_coverage": (self.confident, self.pixels),
+            "pseudo_accuracy": (self.right, self.known),
+            "pseudo_confident_accuracy": (self.right_confident, self.known_confident),
+        }
+        return {name: (part / whole).float() for name, (part, whole) in shares.items() if whole > 0}

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from callbacks import EMATarget, ExactResume, StepSeed
 from datamodules import SemiSupervisedSegmentation
 from modules.prcl import ProbabilisticSegmenter
+from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality
 from tests.modules.street_scenes import CLASSES, TINY_BACKBONE, VOID, Scene, scene, scene_loader
 from tests.modules.toy_images import quiet_trainer, silence
 from tests.noisy_training import equal
@@ -335,3 +336,56 @@ def test_settings_out_of_range_are_named(settings, message):
 def test_a_weak_threshold_above_the_strong_one_is_warned_of():
     with pytest.warns(UserWarning, match="few pixels"):
         segmenter(weak_threshold=0.9, strong_threshold=0.8)
+
+
+def test_quality_of_pseudo_labels_is_counted_over_batches():
+    quality = PseudoLabelQuality(threshold=0.9)
+    assert quality.compute() == {}
+    generator = torch.Generator().manual_seed(0)
+    counts = dict.fromkeys(("pixels", "sure", "known", "right", "known_sure", "right_sure"), 0)
+    for size in (1, 3):
+        labels, truth = (torch.randint(3, (size, 4, 4), generator=generator) for _ in range(2))
+        truth[:, 0] = VOID
+        confidence = torch.rand(size, 4, 4, generator=generator) * 0.2 + 0.8
+        quality.update(labels, confidence, truth)
+        for found, true, sure in zip(labels.flatten(), truth.flatten(), confidence.flatten() >= 0.9, strict=True):
+            known = bool(true != VOID)
+            counts["pixels"] += 1
+            counts["sure"] += bool(sure)
+            counts["known"] += known
+            counts["right"] += bool(found == true)
+            counts["known_sure"] += known and bool(sure)
+            counts["right_sure"] += bool(found == true) and bool(sure)
+    expected = {
+        "pseudo_coverage": counts["sure"] / counts["pixels"],
+        "pseudo_accuracy": counts["right"] / counts["known"],
+        "pseudo_confident_accuracy": counts["right_sure"] / counts["known_sure"],
+    }
+    assert {name: value.item() for name, value in quality.compute().items()} == pytest.approx(expected)
+    unknown = PseudoLabelQuality(threshold=0.9)
+    unknown.update(torch.zeros(1, 2, 2).long(), torch.ones(1, 2, 2), torch.full((1, 2, 2), VOID))
+    assert unknown.compute() == {"pseudo_coverage": 1.0}
+
+
+def test_class_means_leave_classes_without_pixels_open():
+    means = ClassMeans(3)
+    means.update(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 2, 2]))
+    means.update(torch.tensor([3.0]), torch.tensor([0]))
+    found = means.compute().tolist()
+    assert found[0] == 2.0
+    assert math.isnan(found[1])
+    assert found[2] == 4.0
+
+
+def test_an_epoch_logs_quality_variance_and_precision():
+    module = segmenter(class_names=["sky", "road", "tree", "car"], weak_threshold=0.0)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[teacher_callback()])
+    trainer.fit(module, batches(2))
+    logged = trainer.callback_metrics
+    assert 0 <= logged["train/pseudo_coverage"] <= 1
+    assert 0 <= logged["train/pseudo_accuracy"] <= 1
+    variances = [name for name in logged if name.startswith("variance/")]
+    assert variances
+    assert all(0 < logged[name] < 1 for name in variances)
+    assert {name.replace("variance", "precision") for name in variances} <= logged.keys()
+    assert all(logged[name] > 0 for name in logged if name.startswith("precision/")), "a class is surer than a pixel"
