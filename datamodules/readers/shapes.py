@@ -1,5 +1,6 @@
 """Hand-written digits pasted on photographs, made from what scikit-learn brings along."""
 
+import colorsys
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,11 +12,14 @@ COUNTS = {"train": 320, "val": 80, "test": 80}
 DIGITS_PER_PICTURE = 3
 SIZES = (16, 29)
 INK = 6  # of 16; grey values from here on belong to the digit
+HUE_SPREAD = 0.04  # standard deviation, of a turn; the hues of neighbouring digits are a tenth of a turn apart
 CLASS_NAMES = ("background", *(str(digit) for digit in range(10)))
 
 
 class ShapesReader:
-    """Makes pictures of 64 pixels with up to three digits of 16 to 28 pixels in random colours; class 0 is background.
+    """Makes pictures of 64 pixels with up to three digits of 16 to 28 pixels on photographs; class 0 is background.
+
+    The hue hints at the digit, yet those of neighbours overlap and the photographs have all of them.
 
     No handwriting is in two parts, and the left, middle and right of the photographs belong to different parts.
     """
@@ -71,6 +75,12 @@ def _picture(
         ink = cv2.resize(digits[row].astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC) >= INK
         top, left = random.randint(0, SIDE - side + 1, size=2)
         place = (slice(top, top + side), slice(left, left + side))
-        image[place][ink] = random.randint(0, 256, size=3)
+        image[place][ink] = _colour(random, int(labels[row]))
         mask[place][ink] = labels[row] + 1
     return image, mask
+
+
+def _colour(random: np.random.RandomState, digit: int) -> np.ndarray:
+    """A colour (red, green, blue in 0..255) whose hue is near that of the digit."""
+    hue = random.normal(digit / 10, HUE_SPREAD) % 1
+    return np.rint(255 * np.array(colorsys.hsv_to_rgb(hue, random.uniform(0.7, 1), random.uniform(0.6, 1))))

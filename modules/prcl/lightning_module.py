@@ -247,6 +247,8 @@ class ProbabilisticSegmenter(LightningModule):
         Raises:
             ValueError: for a batch of one image, whose mean over the image BatchNorm cannot normalise.
         """
+        for part in batch.values():
+            self._check_batch(len(part.images))
         labeled = batch["labeled"]
         strong = self._strong_views(batch["unlabeled"]) if self.has_teacher else None
         outputs = self._student_outputs(labeled.images, strong)
@@ -272,6 +274,14 @@ class ProbabilisticSegmenter(LightningModule):
         self._log_training({"loss": loss.detach(), **self.loss_terms}, len(labeled.images))
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
         return {"loss": loss}
+
+    def _check_batch(self, images: int) -> None:
+        synchronised = isinstance(self.student.aspp.pool.bn, nn.SyncBatchNorm)
+        if images < 2 and not synchronised:
+            raise ValueError(
+                "a training batch holds 1 image, but the head normalises means of whole images over a batch of at "
+                "least 2 per device: raise data.batch_size and data.unlabeled_batch_size above 1"
+            )
 
     def contrast_weight(self) -> float:
         """Weight of the contrast in the current epoch."""
@@ -304,11 +314,6 @@ class ProbabilisticSegmenter(LightningModule):
 
     def _student_outputs(self, images: Tensor, strong: PseudoLabelled | None) -> list[PixelOutputs]:
         """Outputs for labelled images and, if there are some, for strong views."""
-        if len(images) < 2:
-            raise ValueError(
-                "a training batch holds 1 labelled image, but the head normalises means of whole images over a batch "
-                "of at least 2 per device: raise data.batch_size"
-            )
         if strong is None:
             return [pixel_outputs(self.student, self.heads, images)]
         if not self.hparams.joint_forward:

@@ -1,5 +1,6 @@
 """Pictures with masks: layouts, what a mask file means, augmentation, loaders, and what is wrong with data."""
 
+import colorsys
 import shutil
 from pathlib import Path
 
@@ -154,6 +155,24 @@ def test_shapes_are_always_the_same_and_need_no_file():
         assert torch.equal(first.masks, second.masks)
     labels = torch.cat([batch.masks.unique() for batch in one.test_dataloader()]).unique()
     assert labels.tolist() == list(range(11))
+
+
+def test_hues_of_shapes_hint_at_the_digit_and_overlap():
+    module = data()
+    module.setup("fit")
+    dataset = module.train_dataset()
+    hues = {digit: [] for digit in range(10)}
+    for row in range(len(dataset)):
+        image, mask = dataset.read(row)
+        for label in set(mask.flatten()) - {0}:
+            colours = {tuple(colour) for colour in image[mask == label] / 255}
+            hues[label - 1] += [colorsys.rgb_to_hsv(*colour)[0] for colour in colours]
+    for digit, found in hues.items():
+        turns = np.exp(2j * np.pi * np.array(found))
+        away = np.angle(turns.mean() * np.exp(-2j * np.pi * digit / 10)) / (2 * np.pi)
+        assert abs(away) < 0.02, digit
+        spread = np.sqrt(-2 * np.log(abs(turns.mean()))) / (2 * np.pi)
+        assert 0.03 < spread < 0.06, "some are beyond the middle between two digits, 0.05 away"
 
 
 def test_shapes_share_no_background_between_parts():

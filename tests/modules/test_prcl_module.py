@@ -302,9 +302,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert equal(optimizer, resumed_optimizer)
 
 
-def test_a_batch_of_one_image_is_refused():
-    with pytest.raises(ValueError, match=r"holds 1 labelled image.*data.batch_size"):
-        step_loss(segmenter(method="supervised"), {"labeled": scene(1)})
+@pytest.mark.parametrize("stream", ["labeled", "unlabeled"])
+def test_a_batch_of_one_image_is_refused(stream):
+    with pytest.raises(ValueError, match=r"holds 1 image.*data.batch_size and data.unlabeled_batch_size"):
+        step_loss(segmenter(**PLAIN_VIEWS), {**both(), stream: scene(1)})
 
 
 @pytest.mark.parametrize(

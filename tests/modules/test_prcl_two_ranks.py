@@ -11,7 +11,7 @@ from tests.modules.test_prcl_module import PLAIN_VIEWS, SMALL, both
 from tests.modules.test_segmenter_two_ranks import TWO_RANKS, evaluation, without_batch_statistics
 from tests.modules.toy_images import quiet_trainer
 
-# Each pixel of an image counts, since none of the untrained teacher is sure of more than this.
+# Images count in full, as the largest of four probabilities is above this.
 MEAN_TEACHER = {"method": "mean_teacher", "unsupervised_threshold": 0.2}
 
 
