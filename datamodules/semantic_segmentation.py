@@ -13,6 +13,7 @@ from datamodules.readers.ade20k import Ade20kReader
 from datamodules.readers.camvid import CamvidReader
 from datamodules.readers.cityscapes import CityscapesReader
 from datamodules.readers.mask_folder import MaskFolderReader
+from datamodules.readers.mosaic import MosaicReader
 from datamodules.readers.segmentation_samples import SegmentationReader, SegmentationSamples, distinct_colours
 from datamodules.readers.shapes import ShapesReader
 from datamodules.readers.voc import VocReader
@@ -29,7 +30,7 @@ from datamodules.splits import PARTS, stratified_split
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-Layout = Literal["shapes", "ade20k", "camvid", "voc", "cityscapes", "folder"]
+Layout = Literal["shapes", "mosaic", "ade20k", "camvid", "voc", "cityscapes", "folder"]
 
 
 class SemanticSegmentation(RepeatableLoaders):
@@ -41,11 +42,12 @@ class SemanticSegmentation(RepeatableLoaders):
     ``main_metric``, ``mean``, ``std`` and ``palette`` are known right after construction.
 
     Args:
-        layout: ``shapes`` (hand-written digits on photographs, 64 pixels, made from scikit-learn's), ``ade20k``
+        layout: ``shapes`` (hand-written digits on photographs, 64 pixels, made from scikit-learn's), ``mosaic``
+            (regions filled with samples of one hand-written digit, 64 pixels, from scikit-learn as well), ``ade20k``
             (``ADEChallengeData2016/{images,annotations}/{training,validation}``), ``camvid`` (``{train,val,test}.txt``
             with the paths of pictures and masks), ``voc`` (``VOC2012``, with ``SegmentationClassAug`` if it is there),
             ``cityscapes`` (``leftImg8bit`` and ``gtFine``) or ``folder`` (``images/`` and ``masks/``).
-        root: Folder of the data set; not needed for ``shapes``.
+        root: Folder of the data set; not needed for ``shapes`` and ``mosaic``.
         classes: Number of classes of a ``folder`` without ``classes.txt``.
         image_size: Side of the training crops in pixels; None for the data set's usual one.
         train_shorter_side: Length in pixels of the shorter side that ``scale_range`` multiplies (the longer one is at
@@ -57,7 +59,7 @@ class SemanticSegmentation(RepeatableLoaders):
         test_shorter_side: Length in pixels of the shorter side in evaluation; None for the picture's own size.
         batch_size: Pictures per training step and process.
         eval_batch_size: Pictures per evaluation step and process; more than 1 is of use where all have one size.
-        num_workers: Loading processes; None chooses 0 for ``shapes``, otherwise at most 2 per process.
+        num_workers: Loading processes; None chooses 0 for what is made in memory, otherwise at most 2 per process.
         seed: Seed of order and augmentation; None for that of `seed_everything`, or 0.
         split_seed: Seed of the parts of a ``folder`` that brings none.
         val_fraction: Share of the validation part of such a folder.
@@ -114,6 +116,8 @@ class SemanticSegmentation(RepeatableLoaders):
         options = self.hparams
         if options.layout == "shapes":
             return ShapesReader()
+        if options.layout == "mosaic":
+            return MosaicReader()
         if options.layout == "ade20k":
             return Ade20kReader(options.root)
         if options.layout == "camvid":

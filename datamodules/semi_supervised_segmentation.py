@@ -22,7 +22,7 @@ from datamodules.semantic_segmentation import Layout, SemanticSegmentation, chec
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-SHAPES_LABELLED = 20
+MADE, MADE_LABELLED = ("shapes", "mosaic"), 20
 SMALLEST_CROP = 33  # pixels; the features at a quarter of the size have at least two then, after further halvings
 LOOKED_AT = 16
 STREAMS = ("labeled", "unlabeled")
@@ -39,11 +39,12 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
     the lists are. The strong view is left to the module, which mixes it with the labels of its teacher.
 
     Parts are ``labeled`` (also called ``train``), ``unlabeled``, ``val`` and ``test``. Which pictures are labelled is
-    drawn (``labeled``) or read (``split_path``); ``shapes`` has 20 labelled ones of 320 if neither is given.
+    drawn (``labeled``) or read (``split_path``); ``shapes`` and ``mosaic`` have 20 labelled ones of 320 if neither
+    is given.
 
     Args:
         layout: See :class:`datamodules.semantic_segmentation.SemanticSegmentation`.
-        root: Folder of the data set; not needed for ``shapes``.
+        root: Folder of the data set; not needed for ``shapes`` and ``mosaic``.
         classes: Number of classes of a ``folder`` without ``classes.txt``.
         labeled: Number of labelled pictures, drawn from the training part by ``split_seed``; fewer ones of the same
             seed are among more.
@@ -62,7 +63,8 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         unlabeled_batch_size: Unlabelled pictures per step and process; None for as many as labelled ones.
         images_per_epoch: Labelled pictures per epoch over all processes.
         eval_batch_size: Pictures per evaluation step and process; more than 1 is of use where all have one size.
-        num_workers: Loading processes of each stream; None chooses 0 for ``shapes``, otherwise at most 2 per process.
+        num_workers: Loading processes of each stream; None chooses 0 for what is made in memory, otherwise at most
+            2 per process.
         seed: Seed of order and augmentation; None for that of `seed_everything`, or 0.
         split_seed: Seed of the labelled pictures, and of the parts of a ``folder`` that brings none.
         val_fraction: Share of the validation part of such a folder.
@@ -203,8 +205,8 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         train = found["train"]
         count = options.labeled
         if count is None:
-            if options.layout == "shapes" and options.use_unlabeled:
-                count = SHAPES_LABELLED
+            if options.layout in MADE and options.use_unlabeled:
+                count = MADE_LABELLED
             elif options.unlabeled_path is not None or not options.use_unlabeled:
                 count = len(train)
             else:

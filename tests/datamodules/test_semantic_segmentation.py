@@ -9,12 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from callbacks import ExactResume
 from datamodules import SemanticSegmentation
 from datamodules.augmentations import SeededPipeline
 from datamodules.image_files import UnreadableImageError
 from datamodules.mask_transforms import MixedClassCrop, PhotometricDistortion, RandomScale, training_transforms
+from datamodules.readers.mosaic import MosaicReader
 from datamodules.segmentation_dataset import scaled_size
 from datamodules.semantic_segmentation import distinct_colours
 from tests.data_layouts import (
@@ -173,6 +175,28 @@ def test_hues_of_shapes_hint_at_the_digit_and_overlap():
         assert abs(away) < 0.02, digit
         spread = np.sqrt(-2 * np.log(abs(turns.mean()))) / (2 * np.pi)
         assert 0.03 < spread < 0.06, "some are beyond the middle between two digits, 0.05 away"
+
+
+def test_regions_of_a_mosaic_are_filled_with_samples_of_their_digit():
+    digits = load_digits()
+    kept = set()
+    for part in ("train", "val", "test"):
+        samples = MosaicReader().read()[part]
+        assert len(samples) == {"train": 320, "val": 80, "test": 80}[part]
+        used = set()
+        for image, mask in zip(samples.images[:20], samples.masks[:20], strict=True):
+            tiles = mask.reshape(8, 8, 8, 8).transpose(0, 2, 1, 3).reshape(64, 64)
+            assert (tiles == tiles[:, :1]).all(), "a tile has one class"
+            grey = image.astype(np.float64).sum(2).reshape(8, 8, 8, 8).transpose(0, 2, 1, 3).reshape(64, 64)
+            for tile, label in zip(grey, tiles[:, 0], strict=True):
+                ink = 16 * (tile - grey.min()) / (grey.max() - grey.min())
+                away = np.abs(digits.data - ink).max(1)
+                row = away.argmin()
+                assert away[row] < 0.3
+                assert digits.target[row] == label
+                used.add(row)
+        assert not used & kept, "no handwriting is in two parts"
+        kept |= used
 
 
 def test_shapes_share_no_background_between_parts():
@@ -614,7 +638,9 @@ WRONG = {
     "val_fraction is 0.5 and test_fraction 0.5": {"val_fraction": 0.5, "test_fraction": 0.5},
     "mean has 1 values, expected one per channel": {"mean": [0.5]},
     r"std is \[0.0, 1.0, 1.0\], expected values above 0": {"std": [0.0, 1.0, 1.0]},
-    "layout 'coco' is unknown; expected one of shapes, ade20k, camvid, voc, cityscapes, folder": {"layout": "coco"},
+    "layout 'coco' is unknown; expected one of shapes, mosaic, ade20k, camvid, voc, cityscapes, folder": {
+        "layout": "coco"
+    },
 }
 
 
