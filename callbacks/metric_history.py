@@ -4,19 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-from callbacks.classification_report import is_due
 from callbacks.media import Media
 
 
 class MetricHistory(Callback):
     """Draws all metrics of one prefix against the epoch, as ``history/<prefix>`` on the dashboard and on disk.
 
-    The values are kept in the checkpoint, so that the picture of a resumed run shows all of it.
+    The values are kept in the checkpoint, so that the picture of a resumed run shows all of it. A checkpoint that is
+    written within an epoch, as after a validation, holds the values of the epochs before.
 
     Args:
         prefixes: of the metrics ``<prefix>/<name>`` that a module logs once per epoch.
-        every_n_epochs: draw in every n-th epoch and in the last one.
+        every_n_epochs: draw after every n-th epoch and after the last one.
 
     Raises:
         ValueError: without a prefix, or for an interval below 1.
@@ -33,19 +34,26 @@ class MetricHistory(Callback):
             raise ValueError(f"MetricHistory: every_n_epochs is {every_n_epochs}, expected 1 or more")
         self.prefixes, self.every_n_epochs = list(prefixes), every_n_epochs
         self._values: dict[str, dict[str, list[list[float]]]] = {}
+        self._seen: dict[str, Tensor] = {}
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the values of this epoch, and draw them if it is time to."""
-        for prefix in self.prefixes:
-            lines = self._values.setdefault(prefix, {})
-            for name, value in trainer.callback_metrics.items():
-                if name.startswith(f"{prefix}/"):
-                    line = lines.setdefault(name.removeprefix(f"{prefix}/"), [])
-                    if not line or line[-1][0] < trainer.current_epoch:
-                        line.append([trainer.current_epoch, float(value)])
-            media = Media(trainer)
-            if lines and media.active and is_due(trainer, self.every_n_epochs):
-                self._show(media, prefix, lines)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the values of the epoch before: what a module logs at its end comes after the callbacks' turn there."""
+        epoch = trainer.current_epoch - 1
+        self._note(trainer, epoch)
+        if epoch >= 0 and epoch % self.every_n_epochs == 0:
+            self._show(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the values of the last epoch, and draw."""
+        self._note(trainer, trainer.current_epoch - 1)
+        self._show(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the values of an epoch that has ended but for its checkpoint."""
+        progress = trainer.fit_loop.epoch_progress.current
+        if progress.processed > progress.completed:
+            self._note(trainer, trainer.current_epoch)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """The values so far: prefix -> name -> pairs of epoch and value."""
@@ -55,20 +63,38 @@ class MetricHistory(Callback):
         """Go on from the values of an interrupted run."""
         self._values = state_dict["values"]
 
-    @staticmethod
-    def _show(media: Media, prefix: str, lines: dict[str, list[list[float]]]) -> None:
-        from matplotlib.figure import Figure
+    def _note(self, trainer: Trainer, epoch: int) -> None:
+        """Add what has been logged since the last time; what has not is still there, as the very same tensor."""
+        logged = dict(trainer.callback_metrics)
+        for prefix in self.prefixes:
+            lines = self._values.setdefault(prefix, {})
+            for name, value in logged.items():
+                if name.startswith(f"{prefix}/") and value is not self._seen.get(name):
+                    line = lines.setdefault(name.removeprefix(f"{prefix}/"), [])
+                    if not line or line[-1][0] < epoch:
+                        line.append([epoch, float(value)])
+        self._seen = logged
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axis = figure.subplots()
-        for name, line in lines.items():
-            epochs, values = zip(*line, strict=True)
-            axis.plot(epochs, values, marker=".", label=name)
-        axis.set_xlabel("epoch")
-        axis.set_title(prefix, parse_math=False)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        media.figure(f"history/{prefix}", figure)
-        media.table(f"history/{prefix}_values", ["name", "epoch", "value"], _rows(lines))
+    def _show(self, trainer: Trainer) -> None:
+        media = Media(trainer)
+        for prefix, lines in self._values.items():
+            if lines and media.active:
+                _draw(media, prefix, lines)
+
+
+def _draw(media: Media, prefix: str, lines: dict[str, list[list[float]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, line in lines.items():
+        epochs, values = zip(*line, strict=True)
+        axis.plot(epochs, values, marker=".", label=name)
+    axis.set_xlabel("epoch")
+    axis.set_title(prefix, parse_math=False)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    media.figure(f"history/{prefix}", figure)
+    media.table(f"history/{prefix}_values", ["name", "epoch", "value"], _rows(lines))
 
 
 def _rows(lines: dict[str, list[list[float]]]) -> Sequence[Sequence[Any]]:
