@@ -182,7 +182,7 @@ class AppCLI(LightningCLI):
         rest = self._resolve_checkpoint_argument(subcommand, rest, contents)
         rest = name_loggers(rest)
         files = list(self.config_files)
-        if not (self.checkpoint and self.checkpoint.config) and not any("model" in c for c in contents.values()):
+        if not (self.checkpoint and self.checkpoint.config) and not any(map(_names_model, contents.values())):
             files.insert(0, self.shipped_default)
         layers = [str(file.path) for file in files if file.shipped]
         if self.checkpoint is not None:
@@ -398,6 +398,12 @@ def original_error(error: BaseException) -> BaseException:
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
         error = error.__cause__
     return error
+
+
+def _names_model(content: dict[str, Any]) -> bool:
+    """Whether a configuration stands alone; one that only changes arguments is added to another."""
+    model = content.get("model")
+    return "class_path" in model if isinstance(model, dict) else model is not None
 
 
 def _import_class(class_path: str) -> Any:

@@ -20,4 +20,4 @@ def arguments(name: str, part: str = "model") -> dict[str, Any]:
 def recipes(app: str, model: str | None = None) -> list[str]:
     """Names of an app's configurations, or of those with this class as model."""
     names = [name.removesuffix(".yaml") for name in shipped_names(app)]
-    return [name for name in names if model in (None, read(name)["model"]["class_path"])]
+    return [name for name in names if model is None or read(name)["model"].get("class_path") == model]
