@@ -37,6 +37,17 @@ class NoisyRows(Dataset):
         return row + self.noise * torch.from_numpy(noise), row.sum(), torch.tensor(list(key))
 
 
+class SaveAtStep(Callback):
+    """Write a checkpoint once so many optimiser steps are done."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 class NoisyData(LightningDataModule):
     """One or two training loaders (the second is shorter and passes several times) and one for validation."""
 

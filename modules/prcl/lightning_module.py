@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,9 +26,9 @@ from modules.segmentation.evaluation import (
 )
 from modules.segmentation.heads import resize_logits
 from modules.segmentation.lightning_module import synchronise_statistics
-from modules.segmentation.metrics import METRIC_NAMES, VOID, pixel_cross_entropy
-from modules.segmentation.network import sliding_logits
-from modules.segmentation.pictures import hue_palette, panel
+from modules.segmentation.metrics import VOID, pixel_cross_entropy
+from modules.segmentation.pictures import panel
+from modules.segmentation.segmentation_module import SegmentationModule, check_segmentation
 
 Method = Literal["prcl", "point_contrast", "mean_teacher", "supervised"]
 
@@ -37,7 +36,7 @@ DISTRIBUTION_TEMPERATURE, POINT_TEMPERATURE = 100.0, 0.5
 PICTURES = 4
 
 
-class ProbabilisticSegmenter(LightningModule):
+class ProbabilisticSegmenter(SegmentationModule):
     """Semi-supervised segmentation with DeepLabv3+ on any timm backbone.
 
     ``loss = supervised + unsupervised_weight * unsupervised + w(t) * contrast``. The teacher, an average of the
@@ -198,16 +197,6 @@ class ProbabilisticSegmenter(LightningModule):
         """The segmenters that are evaluated, the one that counts first."""
         return {"teacher": self.teacher, "student": self.student} if self.has_teacher else {"student": self.student}
 
-    @property
-    def palette(self) -> list[list[int]]:
-        """Colour (red, green, blue in 0..255) of each class."""
-        return self.hparams.palette or hue_palette(self.hparams.num_classes)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Name of each class."""
-        return self.hparams.class_names or [str(label) for label in range(self.hparams.num_classes)]
-
     # Start of a run
 
     def setup(self, stage: str) -> None:
@@ -217,11 +206,6 @@ class ProbabilisticSegmenter(LightningModule):
             for name in ("student", "teacher", "heads"):
                 if getattr(self, name) is not None:
                     setattr(self, name, synchronise_statistics(getattr(self, name)))
-
-    def on_fit_start(self) -> None:
-        """Take pre-trained weights at the start of a new training run; a resumed one brings its own."""
-        if self.trainer.ckpt_path is None and self.hparams.init_from:
-            self.load_pretrained()
 
     def load_pretrained(self) -> None:
         """Copy the weights of ``init_from`` into the backbones of student and teacher.
@@ -408,7 +392,7 @@ class ProbabilisticSegmenter(LightningModule):
         """
         if self.heads is None or self.heads.probability is None:
             return 1.0 - self(images).float().softmax(1).amax(1, keepdim=True)
-        return self._by_windows(self._mean_variance, images)
+        return self.by_windows(self._mean_variance, images)
 
     def _mean_variance(self, images: Tensor) -> Tensor:
         variance = self.heads.probability(self.student.features(images))
@@ -416,24 +400,11 @@ class ProbabilisticSegmenter(LightningModule):
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
         return multi_scale_logits(
-            lambda scaled: self._by_windows(network, scaled), images, self.hparams.scales, self.hparams.test_flip
+            lambda scaled: self.by_windows(network, scaled), images, self.hparams.scales, self.hparams.test_flip
         )
 
-    def _by_windows(self, network: Any, images: Tensor) -> Tensor:
-        window = self.hparams.window
-        if window is None:
-            return network(images)
-        return sliding_logits(network, images, window, self.hparams.window_stride or max(2 * window // 3, 1))
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def evaluate_batch(self, batch: Any, stage: str) -> dict[str, Any]:
         """Update the metrics of teacher and student; return index and predicted masks."""
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Same as the validation step."""
-        return self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Any, stage: str) -> dict[str, Any]:
         found: dict[str, list[Tensor]] = {}
         for name, network in self.networks.items():
             scores, found[name] = self.scores[f"{stage}_{name}"], []
@@ -465,29 +436,17 @@ class ProbabilisticSegmenter(LightningModule):
             few.images, few.masks, found["masks"], found["uncertainty"], few.index.tolist(), strict=True
         ):
             caption = f"row {row}; uncertainty {doubt.min().item():.2f} to {doubt.max().item():.2f}"
-            shown.append((panel(self._colours(image), label, prediction, self.palette, doubt), caption))
+            shown.append((panel(self.colours(image), label, prediction, self.palette, doubt), caption))
         pictures = {"val/segmentation": shown}
         if self._shown is not None:
             pictures["train/strong_views"] = [
                 (
-                    panel(self._colours(image), label, label, self.palette, 1.0 - confidence),
+                    panel(self.colours(image), label, label, self.palette, 1.0 - confidence),
                     f"strong view with pseudo-labels; mean confidence {confidence.mean().item():.2f}",
                 )
                 for image, label, confidence in zip(*self._shown, strict=True)
             ]
         return pictures
-
-    def _colours(self, image: Tensor) -> Tensor:
-        mean, std = self.strong_views.mean.to(image), self.strong_views.std.to(image)
-        return (image * std + mean).expand(3, -1, -1)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics and, as ``val/main``, the main one."""
-        self.log_dict(self.evaluation_scores("val"), sync_dist=True)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics and, as ``test/main``, the main one."""
-        self.log_dict(self.evaluation_scores("test"), sync_dist=True)
 
     def confusion(self, stage: str) -> Tensor:
         """Counts (C, C) of the evaluation so far, row = label; to be called by all processes.
@@ -551,13 +510,7 @@ def check_settings(options: Any) -> None:
     """Raise a ValueError that names the first setting out of its range."""
     if options.method not in get_args(Method):
         raise ValueError(f"method: {options.method!r} is unknown; expected {', '.join(get_args(Method))}")
-    if not 2 <= options.num_classes <= VOID:
-        raise ValueError(f"num_classes: {options.num_classes} is outside 2..{VOID}")
-    if options.main_metric not in METRIC_NAMES:
-        raise ValueError(f"main_metric: {options.main_metric!r} is unknown; expected {', '.join(METRIC_NAMES)}")
-    for field in ("class_names", "palette"):
-        if options[field] is not None and len(options[field]) != options.num_classes:
-            raise ValueError(f"{field}: {len(options[field])} values for {options.num_classes} classes")
+    check_segmentation(options)
     for field in ("unsupervised_threshold", "weak_threshold", "strong_threshold"):
         if not 0 <= options[field] <= 1:
             raise ValueError(f"{field}: {options[field]} is outside [0, 1]")
@@ -578,9 +531,3 @@ def check_settings(options: Any) -> None:
         raise ValueError(f"temperature: {options.temperature} is not positive")
     if not options.scales or min(options.scales) <= 0:
         raise ValueError(f"scales: {list(options.scales)} are not factors above 0")
-    if options.window is not None and options.window < 1:
-        raise ValueError(f"window: {options.window} is below 1; expected pixels, or null for whole images")
-    if options.window_stride is not None and not 1 <= options.window_stride <= (options.window or 0):
-        raise ValueError(
-            f"window_stride: {options.window_stride} is outside 1..window ({options.window}); windows would leave gaps"
-        )

@@ -4,7 +4,6 @@ import copy
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -18,14 +17,15 @@ from modules.optimization import (
     with_schedule,
 )
 from modules.segmentation.evaluation import EvaluationScores, logits_at_mask_size
-from modules.segmentation.metrics import METRIC_NAMES, VOID, pixel_cross_entropy
-from modules.segmentation.network import SINGLE_MAP_HEADS, HeadName, build_network, sliding_logits
-from modules.segmentation.pictures import hue_palette, panel
+from modules.segmentation.metrics import VOID, pixel_cross_entropy
+from modules.segmentation.network import SINGLE_MAP_HEADS, HeadName, build_network
+from modules.segmentation.pictures import panel
+from modules.segmentation.segmentation_module import SegmentationModule, check_segmentation
 
 PICTURES = 4
 
 
-class DenseSegmenter(LightningModule):
+class DenseSegmenter(SegmentationModule):
     """A timm backbone with a segmentation head.
 
     The loss is the pixel-wise cross-entropy of the head plus ``auxiliary_weight`` times that of a small head on the
@@ -125,26 +125,11 @@ class DenseSegmenter(LightningModule):
         self.register_buffer("class_weights", weights)
         self.scores = nn.ModuleDict({stage: EvaluationScores(num_classes) for stage in ("val", "test")})
 
-    @property
-    def palette(self) -> list[list[int]]:
-        """Colour (red, green, blue in 0..255) of each class."""
-        return self.hparams.palette or hue_palette(self.hparams.num_classes)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Name of each class."""
-        return self.hparams.class_names or [str(label) for label in range(self.hparams.num_classes)]
-
     def setup(self, stage: str) -> None:
         """Let the processes share the statistics of BatchNorm, which a few images per GPU do not suffice for."""
         on_gpus = self.trainer.strategy.root_device.type == "cuda"
         if stage == "fit" and self.hparams.sync_batchnorm and on_gpus and self.trainer.world_size > 1:
             self.network = synchronise_statistics(self.network)
-
-    def on_fit_start(self) -> None:
-        """Take pre-trained weights at the start of a new training run; a resumed one brings its own."""
-        if self.trainer.ckpt_path is None and self.hparams.init_from:
-            self.load_pretrained()
 
     def load_pretrained(self) -> None:
         """Copy the weights of ``init_from`` into the backbone.
@@ -158,10 +143,7 @@ class DenseSegmenter(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C, H, W) of normalised images (B, channels, H, W)."""
-        window = self.hparams.window
-        if window is None or self.training:
-            return self.network(images)
-        return sliding_logits(self.network, images, window, self.hparams.window_stride or max(2 * window // 3, 1))
+        return self.network(images) if self.training else self.by_windows(self.network, images)
 
     def deployable_network(self) -> nn.Module:
         """A copy for evaluation without the auxiliary head: images (B, channels, H, W) -> logits (B, C, H, W)."""
@@ -194,14 +176,6 @@ class DenseSegmenter(LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
         return {"loss": loss}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Update the metrics; return index and predicted masks."""
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Same as the validation step."""
-        return self._evaluate(batch, "test")
-
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Index (B,) and a list of B masks (H, W) uint8 of the size of the pictures on disk."""
         masks = [logits.argmax(1).byte() for logits, _ in logits_at_mask_size(self, batch)]
@@ -209,33 +183,23 @@ class DenseSegmenter(LightningModule):
 
     def pictures(self, batch: Any) -> dict[str, list[tuple[Tensor, str]]]:
         """Image, label and prediction side by side, of the first images of a batch."""
-        mean, std = (
-            torch.tensor(values or [default], device=self.device).view(-1, 1, 1)
-            for values, default in ((self.hparams.mean, 0.0), (self.hparams.std, 1.0))
-        )
         few = type(batch)(batch.images[:PICTURES], batch.masks[:PICTURES], batch.index[:PICTURES])
         with torch.no_grad():
             found = self.predict_step(few, 0)["masks"]
         shown = []
         for image, label, prediction, row in zip(few.images, few.masks, found, few.index.tolist(), strict=True):
-            colours = (image * std + mean).expand(3, -1, -1)
             accuracy = _pixel_accuracy(prediction, label).item()
-            shown.append((panel(colours, label, prediction, self.palette), f"row {row}: {accuracy:.0%} of pixels"))
+            shown.append(
+                (panel(self.colours(image), label, prediction, self.palette), f"row {row}: {accuracy:.0%} of pixels")
+            )
         return {"val/segmentation": shown}
 
-    def _evaluate(self, batch: Any, stage: str) -> dict[str, Any]:
+    def evaluate_batch(self, batch: Any, stage: str) -> dict[str, Any]:
+        """Update the metrics; return index and predicted masks."""
         found: list[Tensor] = []
         for logits, masks in logits_at_mask_size(self, batch):
             found += list(self.scores[stage].update(logits, masks))
         return {"index": batch.index, "masks": found}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics and, as ``val/main``, the main one."""
-        self.log_dict(self.evaluation_scores("val"), sync_dist=True)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics and, as ``test/main``, the main one."""
-        self.log_dict(self.evaluation_scores("test"), sync_dist=True)
 
     def confusion(self, stage: str) -> Tensor:
         """Counts (C, C) of the evaluation so far, row = label; to be called by all processes.
@@ -291,27 +255,16 @@ class DenseSegmenter(LightningModule):
     def _check_settings(self) -> None:
         settings = self.hparams
         check_optimization(settings.lr, settings.weight_decay, settings.warmup_epochs, settings.lr_reference_batch)
-        if not 2 <= settings.num_classes <= VOID:
-            raise ValueError(f"num_classes: {settings.num_classes} is outside 2..{VOID}")
-        if settings.main_metric not in METRIC_NAMES:
-            raise ValueError(f"main_metric: {settings.main_metric!r} is unknown; expected {', '.join(METRIC_NAMES)}")
+        check_segmentation(settings)
         if not 0 <= settings.dropout < 1:
             raise ValueError(f"dropout: {settings.dropout} is outside [0, 1)")
         if settings.auxiliary_weight < 0:
             raise ValueError(f"auxiliary_weight: {settings.auxiliary_weight} is negative; expected >= 0")
         if not settings.head_lr_multiplier > 0:
             raise ValueError(f"head_lr_multiplier: {settings.head_lr_multiplier} is not positive")
-        for field in ("class_names", "class_weights", "palette"):
-            values = settings[field]
-            if values is not None and len(values) != settings.num_classes:
-                raise ValueError(f"{field}: {len(values)} values for {settings.num_classes} classes")
-        if settings.window is not None and settings.window < 1:
-            raise ValueError(f"window: {settings.window} is below 1; expected pixels, or null for whole images")
-        if settings.window_stride is not None and not 1 <= settings.window_stride <= (settings.window or 0):
-            raise ValueError(
-                f"window_stride: {settings.window_stride} is outside 1..window ({settings.window}); windows would "
-                "leave gaps"
-            )
+        weights = settings.class_weights
+        if weights is not None and len(weights) != settings.num_classes:
+            raise ValueError(f"class_weights: {len(weights)} values for {settings.num_classes} classes")
 
 
 def synchronise_statistics(network: nn.Module) -> nn.Module:

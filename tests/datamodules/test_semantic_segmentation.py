@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -30,6 +30,7 @@ from tests.data_layouts import (
 )
 from tests.distributed import run_ranks
 from tests.modules.toy_images import quiet_trainer
+from tests.noisy_training import SaveAtStep
 
 PLAIN = {"flip": False, "photometric": False, "scale_range": [1.0, 1.0], "max_class_ratio": 1.0}
 
@@ -391,15 +392,6 @@ class Collect(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
-
-
-class SaveAtStep(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def test_a_run_resumes_with_the_very_next_pictures(tmp_path):

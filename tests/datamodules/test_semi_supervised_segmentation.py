@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from PIL import Image, ImageFilter
 
 from callbacks import ExactResume
@@ -26,6 +26,7 @@ from tests.data_layouts import (
 )
 from tests.distributed import run_ranks
 from tests.modules.toy_images import quiet_trainer
+from tests.noisy_training import SaveAtStep
 
 CAMVID = [f"0001TP_{row:06d}" for row in range(6)]
 CAMVID_VAL = [f"0001TP_{row:06d}" for row in range(100, 103)]
@@ -328,15 +329,6 @@ class Collect(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
-
-
-class SaveAtStep(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def collected(root, trainer, ckpt_path=None, **options):

@@ -1,24 +1,13 @@
 """A detection run that is resumed in the middle of an epoch equals the uninterrupted one to the last bit."""
 
-from lightning.pytorch import Callback
-
 from callbacks import ExactResume, StepSeed
 from datamodules import ObjectDetection
 from tests.data_layouts import write_coco
 from tests.modules.boxes import detector
 from tests.modules.toy_images import quiet_trainer
-from tests.noisy_training import equal
+from tests.noisy_training import SaveAtStep, equal
 
 SIDE = 64
-
-
-class SaveAtStep(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def run(folder, resume=None):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
@@ -17,7 +16,7 @@ from modules.prcl import ProbabilisticSegmenter
 from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality
 from tests.modules.street_scenes import CLASSES, TINY_BACKBONE, VOID, Scene, scene, scene_loader
 from tests.modules.toy_images import quiet_trainer, silence
-from tests.noisy_training import equal
+from tests.noisy_training import SaveAtStep, equal
 
 SMALL = {"backbone": TINY_BACKBONE, "num_classes": CLASSES, "anchors": 8, "negatives": 16, "dimensions": 32}
 PLAIN_VIEWS = {"mix": "none", "strong_scale": [1.0, 1.0], "photometric": False, "flip": False}
@@ -273,15 +272,6 @@ def test_pictures_have_four_parts_and_training_ones_appear_after_a_step():
     assert shown.keys() == {"val/segmentation", "train/strong_views"}
     for pictures in shown.values():
         assert all(picture.min() >= 0 and picture.max() <= 1 for picture, _ in pictures)
-
-
-class SaveAtStep(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def run_on_shapes(folder, resume=None):

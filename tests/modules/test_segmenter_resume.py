@@ -1,7 +1,6 @@
 """A segmentation run that is resumed in the middle of an epoch equals the uninterrupted one to the last bit."""
 
 import torch
-from lightning.pytorch import Callback
 
 from callbacks import ExactResume, StepSeed
 from datamodules import SemanticSegmentation
@@ -9,16 +8,7 @@ from modules.segmentation import DenseSegmenter
 from tests.data_layouts import write_camvid
 from tests.modules.street_scenes import TINY_BACKBONE
 from tests.modules.toy_images import quiet_trainer
-from tests.noisy_training import equal
-
-
-class SaveAtStep(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
+from tests.noisy_training import SaveAtStep, equal
 
 
 def run(folder, resume=None):
