@@ -1,8 +1,9 @@
 """Stop at the first NaN or infinite loss, before it reaches the weights."""
 
+import contextlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +15,15 @@ SHOWN_SAMPLES = 8
 
 class NonFiniteLossError(FloatingPointError):
     """The training loss or its gradient became NaN or infinite."""
+
+
+class _Seen(NamedTuple):
+    """What is kept of a batch until the step that it is part of."""
+
+    batch_idx: int
+    loss: Tensor
+    terms: dict[str, Tensor]
+    rows: dict[str, Tensor]
 
 
 class NonFiniteGuard(Callback):
@@ -35,16 +45,20 @@ class NonFiniteGuard(Callback):
 
     def __init__(self, gradients: bool = True) -> None:
         self.gradients = gradients
-        self._losses: list[tuple[int, Tensor]] = []
-        self._batch: Any = None
+        self._seen: list[_Seen] = []
+        self._rows: dict[str, Tensor] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the batch, whose rows are named if it comes to that."""
-        self._batch = batch
+        """Remember the rows of the batch, or of each batch in a dictionary."""
+        parts = batch if isinstance(batch, dict) else {"train": batch}
+        rows = {split: getattr(part, "index", None) for split, part in parts.items()}
+        self._rows = {split: index for split, index in rows.items() if isinstance(index, Tensor)}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss of each batch that goes into the coming step, without waiting for the device."""
-        self._losses.append((trainer.fit_loop.batch_idx, loss.detach().float() * trainer.accumulate_grad_batches))
+        terms = dict(getattr(pl_module, "loss_terms", {}))
+        whole = loss.detach().float() * trainer.accumulate_grad_batches
+        self._seen.append(_Seen(trainer.fit_loop.batch_idx, whole, terms, self._rows))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -54,60 +68,57 @@ class NonFiniteGuard(Callback):
         Raises:
             NonFiniteLossError: On every rank, if one of them met a loss or a gradient that is not finite.
         """
-        losses, self._losses = self._losses, []
-        if not losses:
+        seen, self._seen = self._seen, []
+        if not seen:
             return
         # Sums keep NaN and infinity, so one number per rank tells.
-        values = [torch.stack([loss for _, loss in losses]).sum()]
+        values = [torch.stack([batch.loss for batch in seen]).sum()]
         if self.gradients and getattr(trainer.precision_plugin, "scaler", None) is None:
             values.append(_gradient_norm(optimizer, values[0]))
         found = torch.stack(values)
         if torch.isfinite(pl_module.all_gather(found)).all():
             return
-        self._stop(trainer, pl_module, losses, found)
-
-    def _stop(
-        self, trainer: Trainer, pl_module: LightningModule, losses: list[tuple[int, Tensor]], found: Tensor
-    ) -> None:
-        bad = [(batch_idx, loss.item()) for batch_idx, loss in losses if not torch.isfinite(loss)]
-        batch_idx, value = bad[0] if bad else (losses[-1][0], losses[-1][1].item())
-        row = pl_module.all_gather(torch.tensor([batch_idx, value], dtype=torch.float64, device=found.device))
-        rows = row.reshape(-1, 2).tolist()
-        rank = next((rank for rank, (_, loss) in enumerate(rows) if not math.isfinite(loss)), None)
-        what = f"the loss is {rows[rank][1]:g}" if rank is not None else "the loss is finite but its gradient is not,"
-        where = f"epoch {trainer.current_epoch}, batch {int(rows[rank or 0][0])}"
-        if trainer.world_size > 1 and rank is not None:
-            where += f", rank {rank}"
-        where += "".join(f", {part}" for part in self._details(trainer, pl_module))
-        raise NonFiniteLossError(
-            f"{what} at step {trainer.global_step} ({where}); training stopped before the weights were "
-            f"updated with it. {_last_good_checkpoint(trainer)} Try a lower learning rate, a longer warm-up or "
-            "trainer.gradient_clip_val, and look for bad values in that batch."
-        )
-
-    def _details(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Terms of this process's loss that are not finite, and the samples of its batch."""
-        terms = getattr(pl_module, "loss_terms", {})
-        bad = [name for name, value in terms.items() if not torch.isfinite(value).all()]
-        told = [f"not finite: {', '.join(bad)}"] if bad else []
-        return told + [f"samples of {split}: {names}" for split, names in _samples(trainer, self._batch)]
+        _stop(trainer, pl_module, seen, found)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted run has left."""
-        self._losses = []
+        self._seen = []
 
 
-def _samples(trainer: Trainer, batch: Any) -> list[tuple[str, str]]:
-    """Names of the first samples of a batch, or of each batch in a dictionary, where the datamodule knows them."""
+def _stop(trainer: Trainer, pl_module: LightningModule, seen: list[_Seen], found: Tensor) -> None:
+    batch = next((batch for batch in seen if not torch.isfinite(batch.loss)), seen[-1])
+    told = torch.tensor([batch.batch_idx, batch.loss.item()], dtype=torch.float64, device=found.device)
+    rows = pl_module.all_gather(told).reshape(-1, 2).tolist()
+    rank = next((rank for rank, (_, loss) in enumerate(rows) if not math.isfinite(loss)), None)
+    what = f"the loss is {rows[rank][1]:g}" if rank is not None else "the loss is finite but its gradient is not,"
+    where = f"epoch {trainer.current_epoch}, batch {int(rows[rank or 0][0])}"
+    if trainer.world_size > 1 and rank is not None:
+        where += f", rank {rank}"
+    where += trainer.strategy.broadcast(_details(trainer, batch), src=rank or 0)
+    raise NonFiniteLossError(
+        f"{what} at step {trainer.global_step} ({where}); training stopped before the weights were "
+        f"updated with it. {_last_good_checkpoint(trainer)} Try a lower learning rate, a longer warm-up or "
+        "trainer.gradient_clip_val, and look for bad values in that batch."
+    )
+
+
+def _details(trainer: Trainer, batch: _Seen) -> str:
+    """Terms of the loss that are not finite, and the first samples of each part of the batch."""
+    bad = [name for name, value in batch.terms.items() if not torch.isfinite(value).all()]
+    told = [f"not finite: {', '.join(bad)}"] if bad else []
+    told += [f"samples of {split}: {names}" for split, names in _samples(trainer, batch.rows)]
+    return "".join(f", {part}" for part in told)
+
+
+def _samples(trainer: Trainer, rows: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Names where the datamodule knows them; a failure to find them must not hide what is being told."""
     sample_ids = getattr(getattr(trainer, "datamodule", None), "sample_ids", None)
-    parts = batch if isinstance(batch, dict) else {"train": batch}
     found = []
-    for split, part in parts.items():
-        rows = getattr(part, "index", None)
-        if sample_ids is not None and isinstance(rows, Tensor):
+    for split, index in rows.items() if sample_ids is not None else ():
+        with contextlib.suppress(Exception):
             ids = sample_ids(split)
-            names = [str(ids[row]) for row in rows.tolist()[:SHOWN_SAMPLES]]
-            found.append((split, ", ".join(names) + (", ..." if len(rows) > SHOWN_SAMPLES else "")))
+            names = [str(ids[row]) for row in index.tolist()[:SHOWN_SAMPLES]]
+            found.append((split, ", ".join(names) + (", ..." if len(index) > SHOWN_SAMPLES else "")))
     return found
 
 

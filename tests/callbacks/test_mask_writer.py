@@ -5,7 +5,16 @@ from PIL import Image
 
 from callbacks import MaskWriter
 from tests.callbacks.byol import quiet_trainer
-from tests.callbacks.segmenter import PALETTE, SIDES, NumberedStreets, Painter, Streets, predicted_mask
+from tests.callbacks.segmenter import (
+    PALETTE,
+    SIDES,
+    DoubtfulPainter,
+    NumberedStreets,
+    Painter,
+    Streets,
+    doubt,
+    predicted_mask,
+)
 from tests.distributed import run_ranks
 
 IDS = ["a", "b", "deep/c", "d", "e"]
@@ -32,6 +41,40 @@ def test_class_indices_and_colours_of_every_picture(tmp_path):
         assert colours.shape == (SIDES[row], SIDES[row] + 1, 3)
         assert colours[1, 2].tolist() == PALETTE[expected[1, 2]]
         assert len(np.unique(colours.reshape(-1, 3), axis=0)) == len(np.unique(expected))
+
+
+def test_uncertainty_is_written_in_65536_steps_and_in_colours_from_least_to_largest(tmp_path):
+    predict(tmp_path, MaskWriter(), module=DoubtfulPainter())
+    kinds = ("", "_colour", "_uncertainty", "_uncertainty_colour")
+    assert files(tmp_path / "masks") == sorted(f"{name}{kind}.png" for name in IDS for kind in kinds)
+    for row, name in enumerate(IDS):
+        values = doubt(row).numpy().astype(np.float64)
+        grey = Image.open(tmp_path / "masks" / f"{name}_uncertainty.png")
+        assert grey.mode == "I;16"
+        found = np.asarray(grey)
+        assert found.shape == values.shape
+        assert np.abs(found - 65535 * values).max() <= 0.5 + 65535 * 1e-7, "rounded to the nearest"
+        colours = np.asarray(Image.open(tmp_path / "masks" / f"{name}_uncertainty_colour.png"))
+        assert colours.shape == (*values.shape, 3)
+        first, last = (colours[0, 0].tolist(), colours[-1, -1].tolist())
+        assert first == [0, 0, 3], "inferno's darkest"
+        assert last == (first if row == len(IDS) - 1 else [252, 254, 164]), "and brightest; no spread, no colour"
+
+
+def test_uncertainty_without_colours_leaves_the_numbers(tmp_path):
+    predict(tmp_path, MaskWriter(colour=False), module=DoubtfulPainter())
+    assert files(tmp_path / "masks") == sorted(f"{name}{kind}.png" for name in IDS for kind in ("", "_uncertainty"))
+
+
+class Overconfident(Painter):
+    def predict_step(self, batch, batch_idx):
+        maps = [torch.tensor([[-0.5, 0.0], [1.0, 1.5]]) for _ in batch.index]
+        return {**super().predict_step(batch, batch_idx), "uncertainty": maps}
+
+
+def test_uncertainty_outside_its_range_is_clipped_not_wrapped(tmp_path):
+    predict(tmp_path, MaskWriter(colour=False), module=Overconfident())
+    assert np.asarray(Image.open(tmp_path / "masks/a_uncertainty.png")).tolist() == [[0, 0], [65535, 65535]]
 
 
 def test_the_data_set_s_own_values_and_folder(tmp_path):
