@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES_PER_ROW = 8
+SHEET_WIDTH = 2000  # pixels; one picture may be wider
 CELL, GAP, FONT_SIZE = 160, 6, 12  # pixels
 
 
@@ -212,7 +213,7 @@ def contact_sheet(pixels: Sequence[np.ndarray], captions: Sequence[str]) -> np.n
     texts = ["\n".join(textwrap.wrap(caption, width * 2 // FONT_SIZE)) for caption in captions]
     line = FONT_SIZE + 4
     height += line * max(text.count("\n") + 1 for text in texts)
-    columns = min(len(pictures), PICTURES_PER_ROW)
+    columns = max(1, min(len(pictures), PICTURES_PER_ROW, SHEET_WIDTH // (width + GAP)))
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)

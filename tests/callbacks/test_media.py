@@ -160,3 +160,12 @@ def test_wrong_sizes_are_named(tmp_path):
         media.table("k", ["a", "b"], [[1, 2], [3]])
     with pytest.raises(ValueError, match="bar 'k': 1 values for 2 labels"):
         media.bar("k", ["a", "b"], [1.0])
+
+
+def test_wide_pictures_stand_below_each_other():
+    wide = contact_sheet([np.zeros((90, 700, 3), np.uint8)] * 4, [""] * 4)
+    assert wide.shape[1] < 2000
+    assert wide.shape[0] > 2 * 90
+    very_wide = contact_sheet([np.zeros((90, 3000, 3), np.uint8)] * 2, [""] * 2)
+    assert 3000 < very_wide.shape[1] < 3020
+    assert very_wide.shape[0] > 2 * 90
