@@ -236,8 +236,8 @@ class ProbabilisticSegmenter(SegmentationModule):
         labeled = batch["labeled"]
         strong = self._strong_views(batch["unlabeled"]) if self.has_teacher else None
         outputs = self._student_outputs(labeled.images, strong)
-        upsampled = [resize_aligned(output.logits.float(), labeled.images.shape[2:]) for output in outputs[:1]]
-        terms = {"supervised_loss": pixel_cross_entropy(upsampled[0], labeled.masks)}
+        logits = resize_aligned(outputs[0].logits.float(), labeled.images.shape[2:])
+        terms = {"supervised_loss": pixel_cross_entropy(logits, labeled.masks)}
         loss = terms["supervised_loss"]
         if strong is not None:
             logits = resize_aligned(outputs[1].logits.float(), strong.images.shape[2:])
