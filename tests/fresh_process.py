@@ -21,8 +21,17 @@ from typing import Any
 # Every app, and what their commands import on the way. Not onnxruntime, which starts threads, nor what must be each
 # process' own: wandb makes a temporary folder that the first process would take away with it.
 PRELOADED = (
-    *("lightning_apps.bolt", "lightning_apps.emo", "modules.bolt", "modules.classification", "modules.detection"),
-    *("modules.emo", "modules.segmentation", "timm", "torch._dynamo", "sklearn.linear_model", "albumentations"),
+    *("lightning_apps.bolt", "lightning_apps.emo", "lightning_apps.prcl", "modules.bolt", "modules.classification"),
+    *(
+        "modules.detection",
+        "modules.emo",
+        "modules.prcl",
+        "modules.segmentation",
+        "timm",
+        "torch._dynamo",
+        "sklearn.linear_model",
+        "albumentations",
+    ),
     *("pandas", "matplotlib.figure", "onnx", "onnxscript", "torch.onnx._internal.exporter._core"),
 )
 

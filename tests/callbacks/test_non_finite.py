@@ -194,11 +194,11 @@ def test_under_accumulation_the_bad_batch_s_own_terms_and_samples_are_named(tmp_
 
 
 def named_message_on_rank(rank, folder):
+    model = Terms((0, 1))
+    model.bad_rank = 1
+    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "limit_train_batches": 1.0}
     with pytest.raises(NonFiniteLossError) as error:
-        model = Terms((0, 1))
-        model.bad_rank = 1
-        ranks = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-        fit(model, folder, data=RankedData(rank), limit_train_batches=1.0, **ranks)
+        fit(model, folder, data=RankedData(rank), **options)
     return str(error.value)
 
 

@@ -32,7 +32,7 @@ SIZES = {
     "voc": ["--data.image_size", "40"],
     "cityscapes": ["--data.image_size", "36"],
 }
-CLASSES = {"camvid": 11, "voc": 21, "cityscapes": 19, "shapes": 11}
+CLASSES = {"camvid": 11, "voc": 21, "cityscapes": 19, "mosaic": 5}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def one_step(folder, roots, *names: str) -> AppCLI:
     """`fit` of one small training step and one validation picture with these configurations on top of each other."""
     layout = arguments(names[0], "data")["layout"]
     options = ["--data.images_per_epoch", str(BATCH)]
-    if layout != "shapes":
+    if layout in roots:
         root, split = roots[layout]
         options += ["--data.root", str(root), "--data.split_path", str(split), *SIZES[layout]]
     options += [
@@ -186,7 +186,7 @@ def test_a_recipe_trains_with_another_method(name, overlay, tmp_path, roots):
 def test_what_is_added_to_a_configuration_is_added_to_the_default_if_alone(tmp_path, roots):
     cli = one_step_of_overlay(tmp_path)
     assert cli.model.hparams.method == "mean_teacher"
-    assert cli.datamodule.hparams.layout == "shapes"
+    assert cli.datamodule.hparams.layout == "mosaic"
     assert cli.model.hparams.strong_scale == arguments("prcl")["strong_scale"]
 
 

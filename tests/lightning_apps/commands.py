@@ -8,6 +8,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from lightning_apps.checkpoints import read_checkpoint
 from tests.fresh_process import Starter
 
 TIMEOUT = 240.0
@@ -61,3 +64,11 @@ def rows(path: Path) -> list[dict[str, str]]:
 def last(path: Path, key: str) -> float:
     """The last value that a metrics file holds of a metric."""
     return float([row[key] for row in rows(path) if row.get(key)][-1])
+
+
+def restored(cls: type, checkpoint: Path) -> torch.nn.Module:
+    """The module with the weights of a checkpoint, built from its hyper-parameters alone."""
+    content = read_checkpoint(checkpoint)
+    module = cls(**{key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")})
+    module.load_state_dict(content["state_dict"])
+    return module.eval()

@@ -10,24 +10,15 @@ import torch
 from PIL import Image
 
 from datamodules import ObjectDetection, SemanticSegmentation
-from lightning_apps.checkpoints import read_checkpoint
 from modules.detection import Detector
 from modules.segmentation import DenseSegmenter
 from tests.data_layouts import write_camvid, write_coco
-from tests.lightning_apps.commands import last, run
+from tests.lightning_apps.commands import last, restored, run
 
 pytestmark = pytest.mark.slow
 
 SHORT = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
 SIDE = 64
-
-
-def restored(cls: type, checkpoint: Path) -> torch.nn.Module:
-    """The module with the weights of a checkpoint, built from its hyper-parameters alone."""
-    content = read_checkpoint(checkpoint)
-    module = cls(**{key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")})
-    module.load_state_dict(content["state_dict"])
-    return module.eval()
 
 
 @pytest.fixture(scope="module")
