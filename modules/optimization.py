@@ -262,9 +262,7 @@ def global_batch_size(trainer: Trainer) -> int:
     Raises:
         ValueError: if the loader does not tell its batch size.
     """
-    loader = trainer.train_dataloader
-    if isinstance(loader, CombinedLoader):  # the first is the one that an epoch is counted by
-        loader = loader.flattened[0]
+    loader = CombinedLoader(trainer.train_dataloader).flattened[0]  # an epoch is counted by the first of several
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if size is None:
         raise ValueError(

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -11,6 +12,7 @@ from modules.optimization import (
     build_optimizer,
     check_cosine_ends,
     check_optimization,
+    epoch_poly,
     layer_decay_groups,
     parameter_groups,
     scaled_lr,
@@ -197,6 +199,29 @@ def test_linear_scaling_to_the_global_batch():
     assert rates_of(Regression("constant", 0, 256), batch_size=8)[0] == pytest.approx(0.1 * 8 / 256)
     used = rates_of(Regression("constant", 0, 256), batch_size=8, accumulate_grad_batches=3)
     assert used[0] == pytest.approx(0.1 * 24 / 256)
+
+
+def test_scaling_goes_by_the_first_of_several_streams():
+    class TwoStreams(Regression):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["labeled"], batch_idx)
+
+    streams = CombinedLoader({"labeled": loader(24, 6), "unlabeled": loader(24, 2)}, "max_size_cycle")
+    rates = RatesUsed()
+    quiet_trainer(callbacks=[rates], accumulate_grad_batches=2).fit(TwoStreams("constant", 0, 256), streams)
+    assert rates.rates[0] == pytest.approx(0.1 * 6 * 2 / 256)
+
+
+def test_epoch_poly_is_its_formula():
+    """PRCL section 6: max(lr (1 - e / 200) ** 0.9, 1e-6)."""
+    lr = 3.2e-3
+    for epoch in (0, 1, 57, 100, 199):
+        expected = max(lr * math.exp(0.9 * math.log(1 - epoch / 200)), 1e-6)
+        assert lr * epoch_poly(epoch, 200, 1e-6 / lr) == pytest.approx(expected, rel=1e-9)
+    assert lr * epoch_poly(100, 200) == pytest.approx(1.7148e-3, rel=1e-4)
+    assert [epoch_poly(epoch, 200, 0.25) for epoch in (195, 200, 300)] == [0.25, 0.25, 0.25]
+    assert [epoch_poly(epoch, 200) for epoch in (200, 300)] == [0.0, 0.0]
+    assert epoch_poly(7, math.inf) == 1.0, "a run without end keeps its rate"
 
 
 def test_scaling_needs_a_batch_size():
