@@ -207,6 +207,16 @@ class ProbabilisticSegmenter(SegmentationModule):
                 if getattr(self, name) is not None:
                     setattr(self, name, synchronise_statistics(getattr(self, name)))
 
+    def on_fit_start(self) -> None:
+        """Take pre-trained weights at the start of a new run, and warn of a teacher that nothing would move."""
+        super().on_fit_start()
+        targets = [getattr(callback, "target", None) for callback in self.trainer.callbacks]
+        if self.has_teacher and "teacher" not in targets:
+            rank_zero_warn(
+                "no callback moves the teacher, so that its pseudo-labels stay those of its first weights; set "
+                "callbacks.teacher to callbacks.EMATarget with online: student and target: teacher"
+            )
+
     def load_pretrained(self) -> None:
         """Copy the weights of ``init_from`` into the backbones of student and teacher.
 
@@ -229,8 +239,10 @@ class ProbabilisticSegmenter(SegmentationModule):
             batch_idx: position in the epoch.
 
         Raises:
-            ValueError: for a batch of one image, whose mean over the image BatchNorm cannot normalise.
+            ValueError: without one of the two, and for a batch of one image, whose mean over the image BatchNorm cannot
+                normalise.
         """
+        self._check_streams(batch)
         for part in batch.values():
             self._check_batch(len(part.images))
         labeled = batch["labeled"]
@@ -265,6 +277,16 @@ class ProbabilisticSegmenter(SegmentationModule):
             raise ValueError(
                 "a training batch holds 1 image, but the head normalises means of whole images over a batch of at "
                 "least 2 per device: raise data.batch_size and data.unlabeled_batch_size above 1"
+            )
+
+    def _check_streams(self, batch: Any) -> None:
+        needed = ["labeled", "unlabeled"] if self.has_teacher else ["labeled"]
+        given = list(batch) if isinstance(batch, dict) else [type(batch).__name__]
+        if lost := [name for name in needed if name not in given]:
+            raise ValueError(
+                f"method {self.hparams.method} learns from batches {' and '.join(needed)}, but the data gives "
+                f"{', '.join(given)} without {' and '.join(lost)}: take datamodules.SemiSupervisedSegmentation with "
+                "data.use_unlabeled true, or set model.method to supervised"
             )
 
     def contrast_weight(self) -> float:
@@ -522,6 +544,9 @@ def check_settings(options: Any) -> None:
     for field in ("unsupervised_weight", "contrast_weight", "contrast_floor", "variance_weight", "weight_decay"):
         if options[field] < 0:
             raise ValueError(f"{field}: {options[field]} is negative; expected >= 0")
+    low_high = list(options.strong_scale)
+    if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+        raise ValueError(f"strong_scale: {low_high} is not two factors above 0, the smaller one first")
     for field in ("lr", "probability_lr", "head_lr_multiplier"):
         if not options[field] > 0:
             raise ValueError(f"{field}: {options[field]} is not positive")

@@ -315,7 +315,7 @@ def test_a_batch_of_one_image_is_refused(stream):
         ({"class_names": ["a"]}, "class_names: 1 values for 4 classes"),
         ({"window_stride": 4}, "window_stride"),
         ({"contrast_weight": -1.0}, "contrast_weight: -1.0 is negative"),
-        ({"strong_scale": [1.5, 0.5]}, "scale_range"),
+        ({"strong_scale": [1.5, 0.5]}, "strong_scale"),
         ({"backbone": "vit_tiny_patch16_224"}, "backbone"),
     ],
 )
