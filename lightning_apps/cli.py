@@ -44,6 +44,7 @@ SHARED_CALLBACKS: dict[str, type[Callback]] = {
     "pictures": PictureLogger,
     "predictions": PredictionWriter,
 }
+MISFIT_LINES, MISFIT_WIDTH = 5, 200
 _NEED_WEIGHTS = ("predict", "export", "features")
 _KEPT_FROM_CHECKPOINT = ("seed_everything", "model", "data", "callbacks", "trainer")
 
@@ -184,7 +185,7 @@ class AppCLI(LightningCLI):
         files = list(self.config_files)
         if not (self.checkpoint and self.checkpoint.config) and not any(map(_names_model, contents.values())):
             files.insert(0, self.shipped_default)
-        layers = [str(file.path) for file in files if file.shipped]
+        layers = [self._shipped_layer(file, contents) for file in files if file.shipped]
         if self.checkpoint is not None:
             self._check_same_model(files, contents)
             layers.append(json.dumps(self.checkpoint.layer(subcommand)))
@@ -192,6 +193,17 @@ class AppCLI(LightningCLI):
         for file in files:
             AppParser.class_paths |= class_paths_of(contents.get(file.path) or read_config(file.path, self.app.name))
         return [subcommand, *(part for layer in layers for part in ("--config", layer)), *rest]
+
+    def _shipped_layer(self, file: ConfigFile, contents: dict[Path, dict[str, Any]]) -> str:
+        """The file; or its content for the classes of the checkpoint, where it comes below that and names none."""
+        if self.checkpoint is None or any(map(_names_model, contents.values())):
+            return str(file.path)
+        content = dict(contents.get(file.path, {}))
+        for part in ("model", "data"):
+            below = (self.checkpoint.config.get(part) or {}).get("class_path")
+            if below and isinstance(content.get(part), dict):
+                content[part] = {"class_path": below, **content[part]}
+        return json.dumps(content) if content else str(file.path)
 
     def _resolve_checkpoint_argument(
         self, subcommand: str, arguments: list[str], contents: dict[Path, dict[str, Any]]
@@ -297,6 +309,13 @@ class AppCLI(LightningCLI):
             if not isinstance(value, list) and self.facts.get(name) != value
         ]
         told = f"\nIt was trained on other data ({'; '.join(differences)})." if differences else ""
+        before, used = self.checkpoint.config.get("model") or {}, self.plain_config().get("model") or {}
+        if settings := conflicts(before, used, prefix="model."):
+            told += f"\nIt was trained with other settings ({'; '.join(settings)})."
+        lines = [line if len(line) <= MISFIT_WIDTH else f"{line[:MISFIT_WIDTH]} ..." for line in message.splitlines()]
+        if len(lines) > MISFIT_LINES:
+            lines = [*lines[:MISFIT_LINES], f"\tand {len(lines) - MISFIT_LINES} more lines of this kind"]
+        message = "\n".join(lines)
         return f"--ckpt_path {self.checkpoint.path}: does not fit {type(self.model).__name__}.{told}\n{message}"
 
     def _instantiate_without_data(self) -> None:
