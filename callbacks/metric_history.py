@@ -17,7 +17,7 @@ class MetricHistory(Callback):
 
     Args:
         prefixes: of the metrics ``<prefix>/<name>`` that a module logs once per epoch.
-        every_n_epochs: draw after every n-th epoch and after the last one.
+        every_n_epochs: draw after the first of every n epochs and after the last one.
 
     Raises:
         ValueError: without a prefix, or for an interval below 1.

@@ -163,8 +163,7 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
     def train_dataset(self) -> SegmentationDataset:
         """The labelled pictures as they are trained on, without a loader."""
         options = self.hparams
-        flip = self.reader.facts.flip if options.flip is None else options.flip
-        return self._view("labeled", options.labeled_scale, photometric=options.photometric, flip=flip)
+        return self._view("labeled", options.labeled_scale, photometric=options.photometric, flip=self.flip)
 
     def unlabeled_dataset(self) -> SegmentationDataset:
         """The weak view of the unlabelled pictures with their hidden labels, without a loader."""

@@ -1,6 +1,5 @@
 """What a person may get wrong on the command line: one message that names it, exit code 1, nothing lost."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -10,9 +9,8 @@ import pytest
 import torch
 
 from lightning_apps.bolt import APP
-from lightning_apps.cli import main
-from lightning_apps.run_folder import ENVIRONMENT
 from tests.data_layouts import write_aptos, write_class_folders, write_isic
+from tests.lightning_apps.complaints import command, complainer
 
 pytestmark = pytest.mark.slow
 
@@ -30,21 +28,6 @@ PRETRAINED = "runs/bolt/bolt/checkpoints/last.ckpt"
 CLASSIFIER = "runs/bolt/finetune/checkpoints/last.ckpt"
 
 
-def command(*arguments: str) -> int:
-    """Run a command as a process of its own would."""
-    os.environ.pop(ENVIRONMENT, None)
-    try:
-        return main(APP, list(arguments))
-    finally:
-        os.environ.pop(ENVIRONMENT, None)
-
-
-def written(folder: Path) -> dict[str, str]:
-    """Every file below a folder, by its content."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """A working folder with a pre-trained run, a fine-tuned one, and data in several layouts."""
@@ -52,8 +35,8 @@ def work(tmp_path_factory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert command("fit", *QUICK) == 0
-        assert command("fit", *FINETUNE, *QUICK) == 0
+        assert command(APP, "fit", *QUICK) == 0
+        assert command(APP, "fit", *FINETUNE, *QUICK) == 0
     finally:
         os.chdir(before)
     write_class_folders(folder / "cells")
@@ -79,21 +62,7 @@ def complains(work, monkeypatch, capsys) -> Callable[..., str]:
     """Run a command that must fail as a person should see it, and return its message."""
     monkeypatch.chdir(work)
     monkeypatch.delenv("LIGHTNING_APPS_DEBUG", raising=False)
-
-    def run(*arguments: str) -> str:
-        runs = written(work / "runs")
-        capsys.readouterr()
-        code = command(*arguments)
-        shown = capsys.readouterr().err
-        assert code == 1, shown
-        assert "Traceback" not in shown
-        assert "Union" not in shown
-        assert shown.count("error: ") == 1
-        after = written(work / "runs")
-        assert {name: after.get(name) for name in runs} == runs, "what was written before is still there"
-        return shown.partition("error: ")[2]
-
-    return run
+    return complainer(APP, work / "runs", capsys)
 
 
 def test_a_configuration_that_does_not_exist(complains):
@@ -190,7 +159,7 @@ def test_an_image_that_is_cut_short(complains, work, monkeypatch):
     assert message.startswith("cut/platelet/PL_0.jpg: cannot be decoded (")
     assert "leave such files out with --data.on_error skip" in message
     with pytest.warns(UserWarning, match=r"1 of \d+ images skipped: cut/platelet/PL_0.jpg"):
-        assert command("fit", *options, "--data.on_error", "skip", "--run.root", "skipped") == 0
+        assert command(APP, "fit", *options, "--data.on_error", "skip", "--run.root", "skipped") == 0
 
 
 @pytest.mark.parametrize("recipe", [[], ["--config", "bolt/byol.yaml"], LINEAR])
@@ -204,7 +173,7 @@ def test_a_batch_of_one(complains, recipe):
 def test_fine_tuning_takes_a_batch_of_one(work, monkeypatch):
     """Nothing in a ViT counts over the batch."""
     monkeypatch.chdir(work)
-    assert command("fit", *FINETUNE, *QUICK, "--data.batch_size", "1", "--run.root", "one") == 0
+    assert command(APP, "fit", *FINETUNE, *QUICK, "--data.batch_size", "1", "--run.root", "one") == 0
 
 
 def test_weights_with_another_patch_size(complains):
@@ -217,7 +186,7 @@ def test_weights_with_another_patch_size(complains):
 def test_weights_for_another_image_size_are_interpolated(work, monkeypatch, caplog):
     monkeypatch.chdir(work)
     caplog.set_level("INFO")
-    assert command("fit", *FINETUNE, *QUICK, "--data.image_size", "16", "--run.root", "larger") == 0
+    assert command(APP, "fit", *FINETUNE, *QUICK, "--data.image_size", "16", "--run.root", "larger") == 0
     assert f"position embedding of {PRETRAINED} interpolated from 4x4 to 8x8 patches" in caplog.text
 
 
@@ -253,7 +222,7 @@ def test_a_value_out_of_its_range(complains, options, expected):
 def test_ranking_without_anything_to_rank_is_off_with_weight_zero(work, monkeypatch):
     monkeypatch.chdir(work)
     options = ["--model.r_min", "0.5", "--model.r_max", "0.5", "--callbacks.ranking.weight", "0"]
-    assert command("fit", *QUICK, *options, "--run.root", "unranked") == 0
+    assert command(APP, "fit", *QUICK, *options, "--run.root", "unranked") == 0
 
 
 def test_a_loss_that_is_not_a_number(complains, work):
@@ -267,5 +236,5 @@ def test_debugging_shows_where_an_error_comes_from(work, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setenv("LIGHTNING_APPS_DEBUG", "1")
     with pytest.raises(ValueError, match=r"^mix: 0.0 is outside \(0, 1\]$") as caught:
-        command("fit", "--model.mix", "0")
+        command(APP, "fit", "--model.mix", "0")
     assert any(entry.name == "__init__" and "perturbation" in str(entry.path) for entry in caught.traceback)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_apps.cli import main
 from lightning_apps.config_files import SHIPPED
 from lightning_apps.prcl import APP
-from lightning_apps.run_folder import ENVIRONMENT
+from tests.lightning_apps.complaints import command, complainer
 from tests.modules.street_scenes import TINY_BACKBONE
 
 pytestmark = pytest.mark.slow
@@ -31,15 +30,6 @@ TEACHER = [
 CHECKPOINT = "runs/prcl/prcl/checkpoints/last.ckpt"
 
 
-def command(*arguments: str) -> int:
-    """Run a command as a process of its own would."""
-    os.environ.pop(ENVIRONMENT, None)
-    try:
-        return main(APP, list(arguments))
-    finally:
-        os.environ.pop(ENVIRONMENT, None)
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """A working folder with a trained run."""
@@ -47,7 +37,7 @@ def work(tmp_path_factory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert command("fit", *QUICK) == 0
+        assert command(APP, "fit", *QUICK) == 0
     finally:
         os.chdir(before)
     (folder / "wider.yaml").write_text("app: prcl\nmodel: {init_args: {backbone: mobilenetv3_small_075}}\n")
@@ -60,19 +50,7 @@ def complains(work, monkeypatch, capsys) -> Callable[..., str]:
     """Run a command that must fail as a person should see it, and return its message."""
     monkeypatch.chdir(work)
     monkeypatch.delenv("LIGHTNING_APPS_DEBUG", raising=False)
-
-    def run(*arguments: str) -> str:
-        capsys.readouterr()
-        code = command(*arguments)
-        shown = capsys.readouterr().err
-        assert code == 1, shown
-        assert "Traceback" not in shown
-        assert shown.count("error: ") == 1
-        message = shown.partition("error: ")[2]
-        assert len(message.splitlines()) < 12
-        return message
-
-    return run
+    return complainer(APP, (work / CHECKPOINT).parent, capsys)
 
 
 def test_a_checkpoint_of_other_classes(complains):
@@ -87,6 +65,7 @@ def test_a_checkpoint_of_another_backbone(complains):
     settings = f"model.init_args.backbone: 'mobilenetv3_small_075' (given) instead of '{TINY_BACKBONE}' (checkpoint)"
     assert f"It was trained with other settings ({settings})." in message
     assert "more lines of this kind" in message
+    assert len(message.splitlines()) < 12
 
 
 def test_a_checkpoint_of_another_method(complains):
@@ -98,7 +77,7 @@ def test_a_shipped_overlay_does_not_change_a_checkpoint(work, monkeypatch, caplo
     monkeypatch.chdir(work)
     caplog.set_level("INFO")
     options = ["--config", "prcl/supervised.yaml", "--trainer.limit_test_batches", "1"]
-    assert command("test", "--ckpt_path", CHECKPOINT, *options, *QUIET) == 0
+    assert command(APP, "test", "--ckpt_path", CHECKPOINT, *options, *QUIET) == 0
     assert "the checkpoint comes before a shipped configuration: model.init_args.method: 'prcl' (used)" in caplog.text
 
 
@@ -131,4 +110,4 @@ def test_the_samples_of_a_loss_that_is_not_a_number_are_named(complains):
 def test_a_teacher_that_nothing_moves_is_warned_of(work, monkeypatch):
     monkeypatch.chdir(work)
     with pytest.warns(UserWarning, match="no callback moves the teacher"):
-        assert command("fit", *QUICK, "--callbacks.teacher", "null", "--run.root", "still") == 0
+        assert command(APP, "fit", *QUICK, "--callbacks.teacher", "null", "--run.root", "still") == 0
