@@ -1,0 +1,1 @@
+"""Mixed-precision quantization of any network: cost, scores, allocation of bits, quantizers, deployment."""
