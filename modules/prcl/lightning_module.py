@@ -59,6 +59,8 @@ class ProbabilisticSegmenter(SegmentationModule):
         flip: whether a mirrored image shows the same classes.
         init_from: file with weights of the backbone, read when a new training run starts.
         output_stride: stride of the backbone's last map: 8, 16 or 32.
+        decoder_channels: width of the decoder and of the head of the representation's mean, where a small backbone
+            spends most of its time.
         sync_batchnorm: statistics of BatchNorm over all processes, on GPUs.
         dimensions: D of a pixel's representation.
         anchors: Q anchors of each class in a step.
@@ -118,6 +120,7 @@ class ProbabilisticSegmenter(SegmentationModule):
         flip: bool = True,
         init_from: str | None = None,
         output_stride: int = 16,
+        decoder_channels: int = 256,
         sync_batchnorm: bool = True,
         dimensions: int = 256,
         anchors: int = 256,
@@ -157,12 +160,16 @@ class ProbabilisticSegmenter(SegmentationModule):
         super().__init__()
         self.save_hyperparameters()
         check_settings(self.hparams)
-        self.student = DeepLabV3Plus(backbone, num_classes, in_channels, output_stride, options=backbone_options)
+        self.student = DeepLabV3Plus(
+            backbone, num_classes, in_channels, output_stride, decoder_channels, options=backbone_options
+        )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False) if self.has_teacher else None
         self.heads = self.contrast = None
         if method in ("prcl", "point_contrast"):
             point = method == "point_contrast"
-            self.heads = RepresentationHeads(self.student.feature_channels, dimensions, probabilistic=not point)
+            self.heads = RepresentationHeads(
+                self.student.feature_channels, dimensions, not point, channels=decoder_channels
+            )
             self.contrast = PixelContrast(
                 num_classes,
                 dimensions,
