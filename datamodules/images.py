@@ -229,6 +229,16 @@ class ImageDataModule(RepeatableLoaders):
             raise ValueError("no training image has a label, so no probe can be fitted; take the probe callbacks out")
         return self._evaluation_loader("train", rows)
 
+    def calibration_dataloader(self, count: int) -> DataLoader:
+        """Some training images as evaluation sees them, drawn once, in fixed order, each once over all processes.
+
+        Args:
+            count: How many; all where there are fewer.
+        """
+        self._store("train")  # may leave unreadable images out
+        rows = np.random.default_rng(self.seed).permutation(len(self._part("train").labels))[:count]
+        return self._evaluation_loader("train", np.sort(rows))
+
     def sample_ids(self, split: str | None = None) -> list[str]:
         """Return the id of each row of a split.
 
