@@ -1,5 +1,6 @@
 """Image encoders: timm models by name, taken apart into patch tokens and blocks, and loaded from files."""
 
+import difflib
 from typing import Any, Literal
 
 import torch
@@ -7,6 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 PosEmbed = Literal["sincos", "learned"]
+
+TORCHVISION = "torchvision/"
 
 SMALL_VIT = "vit_tiny_patch16_224"
 SMALL_VIT_OPTIONS: dict[str, Any] = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
@@ -16,10 +19,10 @@ SMALL_VIT_OPTIONS: dict[str, Any] = {"patch_size": 2, "embed_dim": 64, "depth": 
 def create_network(
     name: str, image_size: int, in_channels: int, num_classes: int, options: dict[str, Any] | None = None
 ) -> nn.Module:
-    """A timm model by name, without downloading weights.
+    """A timm or torchvision model by name, without downloading weights.
 
     Args:
-        name: timm model name.
+        name: timm model name, or ``torchvision/`` and the name of a classifier of torchvision.
         image_size: side of the square input in pixels; given to models that are built for one size.
         in_channels: channels of the input.
         num_classes: outputs; 0 for features.
@@ -30,6 +33,8 @@ def create_network(
             patch size does not divide.
     """
     options = dict(options or {})
+    if name.startswith(TORCHVISION):
+        return _torchvision_model(name, in_channels, num_classes, options)
     require_timm_model(name, "encoder")
     if name != SMALL_VIT and options.items() >= SMALL_VIT_OPTIONS.items():
         rank_zero_warn(
@@ -49,6 +54,31 @@ def create_network(
     return network
 
 
+def _torchvision_model(name: str, in_channels: int, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """A classifier of torchvision that says, like one of timm, which layers are its first and its last."""
+    from torchvision.models import get_model, list_models
+
+    known, short = list_models(module=None), name.removeprefix(TORCHVISION)
+    if short not in known:
+        near = difflib.get_close_matches(short, known, n=3)
+        raise ValueError(f"encoder: torchvision has no {short!r}; nearest: {', '.join(near) or 'none'}")
+    if in_channels != 3:
+        raise ValueError(
+            f"encoder: {name} takes images with 3 channels, not {in_channels}; set data.channels: 3 or take timm's"
+        )
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        network = get_model(short, weights=None, num_classes=num_classes, **given)
+    except TypeError as error:
+        raise ValueError(
+            f"encoder_options, dropout or drop_path: {name} does not take {given}: {error}; give encoder_options: {{}}, "
+            "dropout: 0 and drop_path: 0 for the model as torchvision defines it"
+        ) from error
+    layers = [key for key, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    network.pretrained_cfg = {"first_conv": layers[0], "classifier": layers[-1]}
+    return network
+
+
 def require_timm_model(name: str, field: str) -> None:
     """Raise a ValueError that names the field and the nearest names unless timm, or this suite in it, has the model."""
     import timm
@@ -56,8 +86,6 @@ def require_timm_model(name: str, field: str) -> None:
     import modules.emo  # noqa: F401  registers its models in timm
 
     if not timm.is_model(name):
-        import difflib
-
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"{field}: {name!r} is not a timm model; nearest: {', '.join(near) or 'none'}")
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modules.encoders import require_timm_model
 from modules.pretrained_weights import load_weights, network_weights, read_weights
+from modules.quantization.attachment import float_names
 
 FULL_STRIDE = 32
 BODY = "body."
@@ -84,7 +85,7 @@ class FeatureBackbone(nn.Module):
         import timm
         from safetensors.torch import save_file
 
-        pyramid = _part_of(read_weights(path)[0], self.body.state_dict())
+        pyramid = _part_of(read_weights(path)[0], float_names(self.body.state_dict()))
         if pyramid is not None:
             self.body.load_state_dict(pyramid)
             return

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from modules.efficientnet_lite import FIRST_KEY, PACKAGED, packaged_file, timm_names
+from modules.quantization.attachment import float_names
 
 Which = Literal["online", "target"]
 
@@ -60,7 +61,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"init_from: {path} holds no dictionary of tensors (a state_dict)")
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = float_names({key: value for key, value in content.items() if isinstance(value, Tensor)})
     return timm_names(tensors) if FIRST_KEY in tensors else tensors, dict(hyper_parameters)
 
 
@@ -86,7 +87,7 @@ def network_weights(path: str | Path, network: nn.Module, which: Which = "online
     tensors, made_by = read_weights(path)
     has_branches = any(key.startswith(("online.", "target.")) for key in tensors)
     prefixes = [f"{which}.{prefix}" for prefix in PREFIXES] if has_branches else list(PREFIXES)
-    expected = set(network.state_dict()) - _classifier_keys(network)
+    expected = set(float_names(network.state_dict())) - _classifier_keys(network)
     found = {
         prefix: {key[len(prefix) :] for key in tensors if key.startswith(prefix)} & expected for prefix in prefixes
     }
@@ -101,10 +102,15 @@ def network_weights(path: str | Path, network: nn.Module, which: Which = "online
     return NetworkWeights(own, str(path), made_by)
 
 
-def load_weights(network: nn.Module, weights: NetworkWeights) -> None:
-    """Copy everything but the classifier into a timm network.
+def load_weights(network: nn.Module, weights: NetworkWeights, with_classifier: bool = False) -> None:
+    """Copy everything, or everything but the classifier, into a network.
 
     A position embedding of another grid is interpolated, and a first convolution for colours fitted to other channels.
+
+    Args:
+        network: of timm or torchvision; quantizers of its layers stay as they are.
+        weights: see :func:`network_weights`.
+        with_classifier: the classifier too.
 
     Raises:
         ValueError: naming the tensors that are missing, not used, or of another shape.
@@ -112,9 +118,9 @@ def load_weights(network: nn.Module, weights: NetworkWeights) -> None:
     tensors = dict(weights.tensors)
     _fit_positions(network, tensors, weights.source)
     _fit_channels(network, tensors, weights.source)
-    classifier = _classifier_keys(network)
-    expected = {key: value for key, value in network.state_dict().items() if key not in classifier}
-    given = {key: value for key, value in tensors.items() if not key.startswith(_classifier_prefixes(network))}
+    left_out = () if with_classifier else _classifier_prefixes(network)
+    expected = {key: value for key, value in float_names(network.state_dict()).items() if not key.startswith(left_out)}
+    given = {key: value for key, value in tensors.items() if not key.startswith(left_out)}
     mismatching = [
         f"{key}: {tuple(given[key].shape)} in the file, {tuple(value.shape)} in the network"
         for key, value in expected.items()

@@ -1,4 +1,4 @@
-"""Image classification with any timm model: from scratch, fine-tuned, or a linear layer on frozen features."""
+"""Image classification with any timm or torchvision model: from scratch, fine-tuned, or a linear layer on frozen features."""
 
 import copy
 import os
@@ -41,7 +41,7 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
     features is trained (linear evaluation); without both it is the ``scratch`` baseline.
 
     Args:
-        encoder: timm model name.
+        encoder: timm model name, or ``torchvision/`` and the name of a classifier of torchvision.
         encoder_options: arguments that change the named model (null or {} for none).
         num_classes: C.
         class_names: for messages; indices otherwise.
@@ -321,6 +321,8 @@ class ImageClassifier(AuxiliaryObjectives, LightningModule):
         return with_schedule(self, optimizer, settings.schedule, settings.warmup_epochs, ends)
 
     def _classifier(self) -> nn.Module:
+        if not hasattr(self.network, "get_classifier"):
+            raise ValueError(f"freeze: {self.hparams.encoder} has no features to evaluate; take a timm model")
         return self.network.get_classifier()
 
     def _freeze(self) -> None:
