@@ -14,6 +14,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modules.norm_folding import fold_after, fold_before
+
 Norm = Literal["batch", "layer", "none"]
 WindowLayout = Literal["strided", "contiguous"]
 
@@ -379,34 +381,6 @@ def depthwise_conv(channels: int, kernel_size: int, stride: int = 1, dilation: i
 def batch_norm_2d(channels: int) -> nn.BatchNorm2d:
     """BatchNorm as EMO has it everywhere."""
     return nn.BatchNorm2d(channels, eps=NORM_EPS, momentum=0.1)
-
-
-@torch.no_grad()
-def fold_after(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Fold a BatchNorm that follows a convolution into it, in place."""
-    scale, shift = _affine(norm)
-    bias = 0.0 if conv.bias is None else conv.bias.double()
-    _set(conv, conv.weight.double() * scale[:, None, None, None], bias * scale + shift)
-
-
-@torch.no_grad()
-def fold_before(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
-    """Fold a BatchNorm that precedes an unpadded, ungrouped convolution into it, in place."""
-    scale, shift = _affine(norm)
-    weight = conv.weight.double()
-    bias = 0.0 if conv.bias is None else conv.bias.double()
-    _set(conv, weight * scale[None, :, None, None], bias + torch.einsum("dckl,c->d", weight, shift))
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a BatchNorm in evaluation, in double precision."""
-    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
-
-
-def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
-    conv.weight.copy_(weight)
 
 
 def _input_norm(norm: Norm, channels: int) -> nn.Module:

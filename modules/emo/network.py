@@ -16,8 +16,9 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from modules.emo.blocks import IRMB, ChannelLayerNorm, WindowLayout, batch_norm_2d, fold_after
+from modules.emo.blocks import IRMB, ChannelLayerNorm, WindowLayout, batch_norm_2d
 from modules.emo.released_weights import fit_released_weights
+from modules.norm_folding import fold_after
 
 __all__ = ["ARCHITECTURES", "EMO"]
 
