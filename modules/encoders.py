@@ -71,8 +71,8 @@ def _torchvision_model(name: str, in_channels: int, num_classes: int, options: d
         network = get_model(short, weights=None, num_classes=num_classes, **given)
     except TypeError as error:
         raise ValueError(
-            f"encoder_options, dropout or drop_path: {name} does not take {given}: {error}; give encoder_options: {{}}, "
-            "dropout: 0 and drop_path: 0 for the model as torchvision defines it"
+            f"encoder_options, dropout or drop_path: {name} does not take {given}: {error}; give encoder_options: "
+            "{}, dropout: 0 and drop_path: 0 for the model as torchvision defines it"
         ) from error
     layers = [key for key, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     network.pretrained_cfg = {"first_conv": layers[0], "classifier": layers[-1]}

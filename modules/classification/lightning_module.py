@@ -1,4 +1,4 @@
-"""Image classification with any timm or torchvision model: from scratch, fine-tuned, or a linear layer on frozen features."""
+"""Image classification with a timm or torchvision model: from scratch, fine-tuned, or linear on frozen features."""
 
 import copy
 import os

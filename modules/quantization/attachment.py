@@ -37,15 +37,22 @@ def attach_quantizers(
         weight_scale: see :class:`WeightQuantizer`.
         input_scheme: see :class:`InputQuantizer`; None leaves inputs alone.
         momentum: of the ranges of inputs.
+
+    Raises:
+        ValueError: for a layer with another parametrization, such as a weight norm.
     """
     for name in names:
         layer = network.get_submodule(name)
-        if parametrize.is_parametrized(layer, "weight"):
-            continue
-        quantizer = WeightQuantizer(layer.weight, weight_scale)
+        if parametrize.is_parametrized(layer):
+            first = layer.parametrizations.weight[0] if "weight" in layer.parametrizations else None
+            if isinstance(first, WeightQuantizer):
+                continue
+            raise ValueError(f"{name} has a parametrization of its own, which is not combined with one; exclude it")
+        quantizer = WeightQuantizer(layer.weight, weight_scale).train(layer.training)
         parametrize.register_parametrization(layer, "weight", quantizer)
         if input_scheme is not None:
-            layer.add_module(INPUT, InputQuantizer(input_scheme, momentum).to(layer.weight.device))
+            inputs = InputQuantizer(input_scheme, momentum).to(layer.weight.device)
+            layer.add_module(INPUT, inputs.train(layer.training))
             layer.register_forward_pre_hook(_quantize_input)
         layer.register_load_state_dict_pre_hook(_accept_float)
 
@@ -115,7 +122,7 @@ def bake(network: nn.Module, inputs: bool = False) -> nn.Module:
         The network.
     """
     for name in weight_quantizers(network):
-        parametrize.remove_parametrizations(network.get_submodule(name), "weight", leave_parametrized=True)
+        _bake_weight(network.get_submodule(name))
     if not inputs:
         for name in input_quantizers(network):
             layer = network.get_submodule(name)
@@ -124,6 +131,15 @@ def bake(network: nn.Module, inputs: bool = False) -> nn.Module:
                 (key, hook) for key, hook in layer._forward_pre_hooks.items() if hook is not _quantize_input
             )
     return network
+
+
+def _bake_weight(layer: nn.Module) -> None:
+    """As ``remove_parametrizations``, which would spoil all copies of the layer, since they share their class."""
+    trained = layer.parametrizations.weight.original.requires_grad
+    weight = layer.weight.detach().clone()
+    del layer._modules["parametrizations"]
+    layer.__class__ = type(layer).__bases__[0]
+    layer.register_parameter("weight", nn.Parameter(weight, trained))
 
 
 def float_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
