@@ -121,7 +121,7 @@ def test_another_network_is_named(network, tmp_path):
     other.append(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"2 tensors are missing in the file \(8.weight, 8.bias\)"):
         load_packed(other, path)
-    with pytest.raises(ValueError, match=r"2 tensors are not in the network \(7.weight, 7.bias\)"):
+    with pytest.raises(ValueError, match=r"2 tensors are not in the network \(7.bias, 7.weight\)"):
         load_packed(plain_network()[:7], path)
     with pytest.raises(ValueError, match="is for a network without quantizers"):
         load_packed(network, path)
