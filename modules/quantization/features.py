@@ -1,7 +1,7 @@
 """What the layers of a network make of images: one number per channel and image, taken in one pass."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,10 +73,10 @@ def pooled_features(
     """
     pooled: dict[str, list[Tensor]] = {name: [] for name in trace.names}
     with evaluating(network), _pooling(network, trace, pooled) as calls:
-        for images in image_batches(network, batches):
+        for seen, images in enumerate(image_batches(network, batches), 1):
             calls.clear()
             network(images)
-            _check_rows(pooled, trace, len(images))
+            _check_rows(pooled, trace, seen, len(images))
     device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
     features = {
         name: torch.cat(rows) if rows else torch.zeros(0, trace[name].out_channels, device=device)
@@ -147,23 +147,21 @@ def _pool(layer: TracedLayer, output: Any) -> Tensor:
             f"{layer.name}: its feature, the output of {layer.feature.module}, is no tensor with channels but "
             f"{type(output).__name__}"
         )
-    last = output.shape[-1] == layer.out_channels if layer.kind == "linear" else output.ndim == 2
-    last = last or (output.shape[1] != layer.out_channels == output.shape[-1])
-    channels = output.movedim(-1, 1) if last else output
-    rows = channels.relu().flatten(2).float() if channels.ndim > 2 else channels.relu().float()
-    return rows.mean(2) if rows.ndim > 2 else rows
+    first, last = (output.shape[axis] == layer.out_channels for axis in (1, -1))
+    in_front = first if layer.kind == "conv" else not last
+    channels = (output if in_front or not last else output.movedim(-1, 1)).relu().float()
+    return channels.flatten(2).mean(2) if channels.ndim > 2 else channels
 
 
-def _check_rows(pooled: dict[str, list[Tensor]], trace: NetworkTrace, images: int) -> None:
-    seen = max(len(rows) for rows in pooled.values())
+def _check_rows(pooled: dict[str, list[Tensor]], trace: NetworkTrace, batches: int, images: int) -> None:
     for name, rows in pooled.items():
         tap = trace[name].feature
-        if len(rows) != seen:
+        if len(rows) != batches:
             raise ValueError(
-                f"{name}: call {tap.call + 1} of {tap.module}, where its feature is taken, did not happen in this pass; "
-                "the network runs other modules than when it was traced"
+                f"{name}: call {tap.call + 1} of {tap.module}, where its feature is taken, did not happen in this "
+                "pass; the network runs other modules than when it was traced"
             )
         if len(rows[-1]) != images:
             raise ValueError(
-                f"{name}: {images} images gave {len(rows[-1])} features; the first dimension must be images"
+                f"{name}: {images} images gave {len(rows[-1])} features; the first dimension must be that of images"
             )
