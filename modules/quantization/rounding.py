@@ -1,7 +1,10 @@
 """Learned rounding of weights (AdaRound): each weight goes up or down as the output of its layer prefers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from modules.quantization.quantizers import QuantizedWeight
 from modules.quantization.scale_search import UniformGrid
@@ -34,12 +37,19 @@ class LearnedRounding(nn.Module):
         numbers = weight.detach() / self.scale
         below = numbers.floor()
         share = (numbers - below - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
-        self.register_buffer("below", below + self.zero_point)
         self.alpha = nn.Parameter(share.logit())
+        below += self.zero_point
+        self.register_buffer("below", below)
+        # a weight outside of the grid, or at its upper end, has no choice: the cut is part of base and step
+        free = (below >= self.low) & (below < self.high)
+        self.register_buffer("base", (below.clamp(self.low, self.high) - self.zero_point) * self.scale)
+        self.register_buffer("step", torch.where(free, self.scale, 0))
+        self.register_buffer("low_end", weight.new_tensor(STRETCH_LOW))
 
     def fraction(self) -> Tensor:
         """h(alpha), of the weight's shape, in [0, 1]."""
-        return (self.alpha.sigmoid() * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
+        stretched = torch.add(self.low_end, self.alpha.sigmoid(), alpha=STRETCH_HIGH - STRETCH_LOW)
+        return functional.hardtanh(stretched, 0.0, 1.0)
 
     def soft(self, fraction: Tensor | None = None) -> Tensor:
         """The weight on its way, of the weight's shape, with gradients for alpha.
@@ -47,8 +57,7 @@ class LearnedRounding(nn.Module):
         Args:
             fraction: what :meth:`fraction` gave, if it is at hand.
         """
-        fraction = self.fraction() if fraction is None else fraction
-        return ((self.below + fraction).clamp(self.low, self.high) - self.zero_point) * self.scale
+        return torch.addcmul(self.base, self.step, self.fraction() if fraction is None else fraction)
 
     @torch.no_grad()
     def integers(self) -> Tensor:
@@ -66,14 +75,31 @@ class LearnedRounding(nn.Module):
 
     def regulariser(self, temperature: float, fraction: Tensor | None = None) -> Tensor:
         """Sum over weights of 1 - \\|2 h - 1\\| ** temperature: how far weights are from a decision."""
-        fraction = self.fraction() if fraction is None else fraction
-        return fraction.numel() - (2 * fraction - 1).abs().pow(temperature).sum()
+        return _Indecision.apply(self.fraction() if fraction is None else fraction, temperature)
 
     @torch.no_grad()
     def undecided(self) -> Tensor:
         """How many weights are neither at the integer below nor at the one above."""
         fraction = self.fraction()
         return ((fraction > UNDECIDED_MARGIN) & (fraction < 1 - UNDECIDED_MARGIN)).sum()
+
+
+class _Indecision(torch.autograd.Function):
+    """Sum of 1 - |2 h - 1| ** t and its gradient with a single power, as powers take most of the time."""
+
+    @staticmethod
+    def forward(context: Any, fraction: Tensor, exponent: float) -> Tensor:
+        centred = torch.add(fraction.new_tensor(-1.0), fraction, alpha=2)
+        distance = centred.abs()
+        power = distance.pow(exponent - 1)
+        context.save_for_backward(power.copysign(centred))
+        context.exponent = exponent
+        return fraction.numel() - torch.dot(power.flatten(), distance.flatten())
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (power,) = context.saved_tensors
+        return power * (-2 * context.exponent * gradient), None
 
 
 def temperature(
