@@ -1,417 +1,595 @@
-"""What bits are worth to each layer of a network: the paper's score, controls, and better-founded ones.
-
-Every score gives a table: layer -> number of bits -> worth. A shortcut has no row; its layer's row counts for both.
-Only differences between the worths of one layer's bits matter, and only up to one factor for all layers.
-"""
+"""What bits are worth to layers: scores by class separability and by what others measure, and their controls."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modules.quantization.attachment import float_weight
-from modules.quantization.costs import LayerCost
-from modules.quantization.features import gather_rows, pooled_features
-from modules.quantization.scale_search import quantize, search_channel_grid
+from modules.quantization.features import image_batches, images_of, pooled_features
+from modules.quantization.quantizers import WeightQuantizer, check_bits
 from modules.quantization.tracing import NetworkTrace, evaluating
 
-Score = Literal[
-    "tfidf",
-    "equal",
-    "random",
-    "parameters",
-    "orthogonality",
-    "hessian",
-    "weight_error",
-    "layer_error",
-    "output_error",
-]
-Values = dict[str, dict[int, float]]
-Weighting = Literal["identity", "exp_neg"]
+Candidates = Sequence[int] | Mapping[str, Sequence[int]]
+ValueTable = dict[str, dict[int, float]]
+Progress = Callable[[int, int | None], None]
+Loss = Callable[[nn.Module, Any], Tensor]
 Normalise = Literal["none", "channels"]
+Weighting = Literal["identity", "exp_neg"]
+TINY = 1e-11
 
-WORD_FLOOR = 1e-11
-EMPTY_SHARE = 0.5
 
-
-def score_layers(
-    score: Score,
-    network: nn.Module,
-    trace: NetworkTrace,
-    costs: Mapping[str, LayerCost],
-    pictures: Sequence[Tensor],
-    candidates: Mapping[str, Sequence[int]],
-    **options: Any,
-) -> Values:
-    """Worth of each number of bits to each layer, by any score.
+def candidates_of(candidates: Candidates, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Bits that each layer may get.
 
     Args:
-        score: ``tfidf`` (CSMPQ), ``orthogonality`` (OMPQ), ``hessian`` (HAWQ-v2), ``output_error`` (change of the
-            network's output), ``layer_error`` (of the layer's own), ``weight_error`` (of the weight); or the controls
-            ``equal``, ``random`` and ``parameters``.
-        network: in float, or with quantizers that let everything pass.
-        trace: of it.
-        costs: by layer.
-        pictures: calibration images (B, channels, H, W), those of this process.
-        candidates: numbers of bits that each layer may get.
-        options: of the score: see the function of its name.
+        candidates: numbers of bits in ascending order, one sequence for all layers or one per layer.
+        names: the layers.
 
     Raises:
-        TypeError: for an option that the score does not have.
-        ValueError: see the function.
+        ValueError: for numbers outside 2..8, out of order or twice, for none at all, and for a layer without any.
     """
-    if score == "equal":
-        return linear_values(dict.fromkeys(leaders(trace), 1.0), candidates, **options)
-    if score == "random":
-        return linear_values(random_scores(trace, **options), candidates)
-    if score == "parameters":
-        total = sum(cost.parameters for cost in costs.values())
-        return linear_values({name: costs[name].parameters / total for name in leaders(trace)}, candidates, **options)
-    if score in ("tfidf", "orthogonality"):
-        features = pooled_features(network, trace, pictures)
-        own = {name: features[name] for name in leaders(trace)}
-        scores = tfidf_scores(own, **options) if score == "tfidf" else orthogonality_scores(own, **options)
-        return linear_values(scores, candidates)
-    function = {
-        "hessian": hessian_values,
-        "weight_error": weight_error_values,
-        "layer_error": layer_error_values,
-        "output_error": output_error_values,
-    }[score]
-    return function(network, trace, pictures, candidates, **options)
+    table = {}
+    for name in names:
+        if isinstance(candidates, Mapping) and name not in candidates:
+            raise ValueError(f"{name}: no candidate bits are given for it")
+        bits = tuple(candidates[name] if isinstance(candidates, Mapping) else candidates)
+        if not bits or list(bits) != sorted(set(bits)):
+            raise ValueError(
+                f"{name}: candidate bits must ascend, each once, within 2..8, for example 2, 4, 8; got {bits}"
+            )
+        table[name] = tuple(check_bits(number, f"candidate bits of {name}") for number in bits)
+    return table
 
 
-def leaders(trace: NetworkTrace) -> list[str]:
-    """The layers whose bits are variables: all but shortcuts."""
-    return [group[0] for group in trace.groups]
-
-
-def linear_values(scores: Mapping[str, float], candidates: Mapping[str, Sequence[int]]) -> Values:
-    """Worth ``score * bits``, as in the paper's programme."""
-    return {name: {bits: score * bits for bits in candidates[name]} for name, score in scores.items()}
-
-
-def random_scores(trace: NetworkTrace, seed: int = 0) -> dict[str, float]:
-    """Uniform random scores in (0, 1), a control."""
-    generator = torch.Generator().manual_seed(seed)
-    names = leaders(trace)
-    return dict(zip(names, torch.rand(len(names), generator=generator).tolist(), strict=True))
-
-
-def tfidf_scores(
-    features: Mapping[str, Tensor],
-    coe: float | None = None,
-    normalise: Normalise = "none",
-    weighting: Weighting = "identity",
-    beta: float = 1.0,
-) -> dict[str, float]:
-    """Class separability of each layer: how strongly its channels tell images apart.
+def linear_values(sensitivities: Mapping[str, float], candidates: Candidates) -> ValueTable:
+    """Sensitivity times bits, for each layer and candidate.
 
     Args:
-        features: by layer (N, C), not negative: images are documents, channels are words.
-        coe: of the balance coefficient ``ln(e C / coe)``; None or 0 for 1, as in all published runs.
-        normalise: ``channels`` multiplies by C, which the score otherwise falls with.
-        weighting: ``exp_neg`` turns a score s into ``exp(-beta s)``, as the released post-training code does.
-        beta: of that.
+        sensitivities: of each layer.
+        candidates: see :func:`candidates_of`.
+    """
+    table = candidates_of(candidates, sensitivities)
+    return {name: {bits: theta * bits for bits in table[name]} for name, theta in sensitivities.items()}
 
-    Raises:
-        ValueError: for features that are not finite, or with more than half of the images without any feature.
 
-    Warns:
-        UserWarning: for images without any feature in a layer, which are left out.
+class Score(ABC):
+    """What it is worth to give a layer so many bits."""
+
+    @abstractmethod
+    def values(
+        self,
+        network: nn.Module,
+        trace: NetworkTrace,
+        batches: Iterable[Any],
+        candidates: Candidates,
+        progress: Progress | None = None,
+    ) -> ValueTable:
+        """Value of each layer at each of its candidate bits; more is better.
+
+        Args:
+            network: which ``trace`` is of; it is left as it was.
+            trace: its layers.
+            batches: calibration images, see :func:`modules.quantization.features.images_of`; where there are several
+                processes, each gives its own share and all get the same values.
+            candidates: see :func:`candidates_of`.
+            progress: called with how much is done and of how much, if that is known.
+
+        Returns:
+            By name of the layer, and then by bits. A layer whose bits are those of its partner may be absent, if what
+            the partner has stands for both.
+        """
+
+
+class LinearScore(Score):
+    """A score whose value grows with each bit by the layer's sensitivity."""
+
+    @abstractmethod
+    def sensitivities(self, network: nn.Module, trace: NetworkTrace, batches: Iterable[Any]) -> dict[str, float]:
+        """Value of one bit, by name of the layer; arguments as for :meth:`values`."""
+
+    def values(
+        self,
+        network: nn.Module,
+        trace: NetworkTrace,
+        batches: Iterable[Any],
+        candidates: Candidates,
+        progress: Progress | None = None,
+    ) -> ValueTable:
+        """Sensitivity times bits."""
+        return linear_values(self.sensitivities(network, trace, batches), candidates)
+
+
+class TfIdf(LinearScore):
+    """Class separability: channels are words and images are documents.
+
+    Args:
+        coe: balance coefficient; None or 0 as in all published runs.
+        normalise: ``channels`` multiplies by the number of channels, by which the score otherwise falls.
+        weighting: what bits are worth given the score: ``identity``, or ``exp_neg``: ``exp(-beta * score)``, the
+            official post-training variant, which turns the order round.
+        beta: of ``exp_neg``.
 
     Source: CSMPQ, equations 7, 8 and 10.
     """
-    scores = {name: separability(rows, coe, name) for name, rows in features.items()}
-    if normalise == "channels":
-        scores = {name: score * features[name].shape[1] for name, score in scores.items()}
-    return _weighted(scores, weighting, beta)
+
+    def __init__(
+        self,
+        coe: float | None = None,
+        normalise: Normalise = "none",
+        weighting: Weighting = "identity",
+        beta: float = 1.0,
+    ) -> None:
+        _check_choice("normalise", normalise, Normalise)
+        _check_choice("weighting", weighting, Weighting)
+        if coe is not None and coe < 0:
+            raise ValueError(f"coe: {coe} is negative")
+        self.coe, self.normalise, self.weighting, self.beta = coe, normalise, weighting, beta
+
+    def sensitivities(self, network: nn.Module, trace: NetworkTrace, batches: Iterable[Any]) -> dict[str, float]:
+        """TF-IDF of each layer that has bits of its own."""
+        features = pooled_features(network, trace, batches)
+        scores = {name: tfidf(features[name], name, self.coe, self.normalise) for name in main_layers(trace)}
+        if self.weighting == "identity":
+            return scores
+        weights = torch.exp(-self.beta * torch.tensor(list(scores.values()), dtype=torch.float64))
+        return dict(zip(scores, weights.tolist(), strict=True))
 
 
-def separability(features: Tensor, coe: float | None = None, name: str = "features") -> float:
-    """TF-IDF of one layer's features (N, C), meaned over channels; see :func:`tfidf_scores`."""
-    rows = features.double()
-    if not torch.isfinite(rows).all():
-        raise ValueError(
-            f"{name}: {int((~torch.isfinite(rows)).any(1).sum())} of {len(rows)} images give no finite features"
-        )
-    images, channels = rows.shape
-    totals = rows.sum(1, keepdim=True)
-    empty = int((totals == 0).sum())
-    if empty > EMPTY_SHARE * images:
-        raise ValueError(f"{name}: all features of {empty} of {images} images are 0, so images cannot be told apart")
-    if empty:
-        warnings.warn(f"{name}: all features of {empty} of {images} images are 0; they count as absent", stacklevel=2)
-    balance = 1.0 if not coe else torch.log(torch.tensor(torch.e * channels / coe, dtype=torch.float64)).item()
-    frequency = balance * rows / totals.masked_fill(totals == 0, 1.0)
-    contains = rows >= rows.mean(0)
-    documents = contains.sum(0)
-    inverse = torch.log(images / (documents + 1.0))
-    weight = (frequency * contains).sum(0) / (documents + WORD_FLOOR)
-    return (weight * inverse).mean().item()
-
-
-def orthogonality_scores(features: Mapping[str, Tensor], beta: float = 1.0) -> dict[str, float]:
-    """``exp(-beta s)``, with s the sum of a layer's similarities to the other layers.
-
-    The similarity of two layers is ``||A^T B||^2 / (||A^T A|| ||B^T B||)`` of their features A and B.
+def tfidf(features: Tensor, name: str, coe: float | None = None, normalise: Normalise = "none") -> float:
+    """How well the channels of a layer tell images apart.
 
     Args:
-        features: by layer (N, C).
-        beta: of the exponential.
+        features: (N, C), not negative.
+        name: of the layer, for messages.
+        coe: see :class:`TfIdf`.
+        normalise: see :class:`TfIdf`.
+
+    Returns:
+        The mean importance of a channel; times C for ``channels``. An image without any positive feature counts as a
+        document without words, with a warning.
 
     Raises:
-        ValueError: for a layer without any feature.
+        ValueError: for values that are not finite, and if more than half of the images are without features.
 
-    Source: Ma et al., OMPQ (AAAI 2023).
+    Source: CSMPQ, equations 7 (idf), 8 (tf) and 10 (importance).
     """
-    grams = {name: rows.double() @ rows.double().T for name, rows in features.items()}
-    if dead := [name for name, gram in grams.items() if not gram.any()]:
-        raise ValueError(f"all features are 0 in {', '.join(dead[:5])}: there is nothing to compare")
-    flat = functional.normalize(torch.stack([gram.flatten() for gram in grams.values()]), dim=1)
-    similarity = (flat @ flat.T).fill_diagonal_(0.0)
-    return _weighted(dict(zip(grams, similarity.sum(1).tolist(), strict=True)), "exp_neg", beta)
+    f = features.double().T
+    C, N = f.shape
+    _check_finite(features, name)
+    total = f.sum(0)
+    empty = int((total <= 0).sum())
+    if 2 * empty > N:
+        raise ValueError(
+            f"{name}: its feature is zero in all channels for {empty} of {N} images; nothing can be scored"
+        )
+    if empty:
+        warnings.warn(
+            f"{name}: its feature is zero in all channels for {empty} of {N} images; they count as documents without "
+            "words",
+            stacklevel=2,
+        )
+    balance = 1 + torch.log(torch.tensor(C / coe, dtype=torch.float64)).item() if coe else 1.0
+    tf = balance * f / torch.where(total > 0, total, 1)
+    inside = (f >= f.mean(1, keepdim=True)).double()
+    documents = inside.sum(1)
+    idf = torch.log(N / (documents + 1))
+    importance = (tf * inside).sum(1) / (documents + TINY) * idf
+    return (importance.sum() if normalise == "channels" else importance.mean()).item()
 
 
-def weight_error_values(
-    network: nn.Module, trace: NetworkTrace, pictures: Sequence[Tensor], candidates: Mapping[str, Sequence[int]]
-) -> Values:
-    """Minus the squared error of the weights relative to their squares; without pictures."""
-    values = {}
-    for group in trace.groups:
-        weights = {name: _weight(network, name) for name in group}
-        energy = sum(weight.square().sum().item() for weight in weights.values())
-        values[group[0]] = {
-            bits: -sum((nearest(weight, bits) - weight).square().sum().item() for weight in weights.values()) / energy
-            for bits in candidates[group[0]]
+class Equal(LinearScore):
+    """The same for all layers, so that only costs decide: the control that a score has to beat."""
+
+    def sensitivities(self, network: nn.Module, trace: NetworkTrace, batches: Iterable[Any]) -> dict[str, float]:
+        """One each."""
+        return dict.fromkeys(main_layers(trace), 1.0)
+
+
+class Random(LinearScore):
+    """Uniform in [0, 1): a control.
+
+    Args:
+        seed: of the numbers.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def sensitivities(self, network: nn.Module, trace: NetworkTrace, batches: Iterable[Any]) -> dict[str, float]:
+        """One number for each layer that has bits of its own."""
+        names = main_layers(trace)
+        numbers = torch.rand(len(names), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        return dict(zip(names, numbers.tolist(), strict=True))
+
+
+class Parameters(LinearScore):
+    """A layer's share of all parameters, so that every MiB is worth the same: a control."""
+
+    def sensitivities(self, network: nn.Module, trace: NetworkTrace, batches: Iterable[Any]) -> dict[str, float]:
+        """Shares of all layers."""
+        total = sum(layer.parameters for layer in trace.layers)
+        return {layer.name: layer.parameters / total for layer in trace.layers}
+
+
+class Orthogonality(LinearScore):
+    """More bits for layers whose features are unlike those of the other layers.
+
+    Args:
+        beta: how strongly.
+        suffix_mean: give each layer the mean of its own and all later sensitivities, as OMPQ's programme does.
+
+    Source: Ma et al., OMPQ (2023), ORM; on pooled features, centred as in the official code.
+    """
+
+    def __init__(self, beta: float = 1.0, suffix_mean: bool = False) -> None:
+        self.beta, self.suffix_mean = beta, suffix_mean
+
+    def sensitivities(self, network: nn.Module, trace: NetworkTrace, batches: Iterable[Any]) -> dict[str, float]:
+        """``exp(-beta * sum of ORM with the other layers)``."""
+        features = pooled_features(network, trace, batches)
+        names = main_layers(trace)
+        matrix = orthogonality({name: features[name] for name in names})
+        theta = torch.exp(-self.beta * (matrix.sum(1) - matrix.diagonal()))
+        if self.suffix_mean:
+            later = torch.arange(len(names), 0, -1, dtype=theta.dtype, device=theta.device)
+            theta = theta.flip(0).cumsum(0).flip(0) / later
+        return dict(zip(names, theta.tolist(), strict=True))
+
+
+def orthogonality(features: Mapping[str, Tensor]) -> Tensor:
+    """How much alike the features of layers are, pair by pair: 0 if orthogonal, 1 if the same up to a rotation.
+
+    Args:
+        features: L of them, (N, C) each with one N.
+
+    Returns:
+        (L, L) float64, symmetric: ``|Y'X|^2 / (|X'X| |Y'Y|)`` with Frobenius norms of centred features.
+
+    Raises:
+        ValueError: for a layer whose features are not finite, or the same for all images.
+    """
+    grams = []
+    for name, rows in features.items():
+        _check_finite(rows, name)
+        centred = rows.double() - rows.double().mean(0)
+        gram = centred @ centred.T
+        if not gram.any():
+            raise ValueError(f"{name}: its feature is the same for all {len(rows)} images; nothing can be compared")
+        grams.append((gram / gram.norm()).flatten())
+    normalised = torch.stack(grams)
+    return normalised @ normalised.T
+
+
+class Hessian(Score):
+    """How much a quantized weight raises the loss, to second order, if errors have no direction.
+
+    Minus the mean eigenvalue of the layer's Hessian (0 where its estimate is negative) times the squared error.
+
+    Args:
+        draws: random vectors of Hutchinson's estimate.
+        seed: of these.
+        loss: maps the network and a batch to a number, averaged over the batch; None for the cross-entropy of labels.
+
+    Source: Dong et al., HAWQ-V2 (2020).
+    """
+
+    def __init__(self, draws: int = 8, seed: int = 0, loss: Loss | None = None) -> None:
+        if draws < 1:
+            raise ValueError(f"draws: {draws} is less than 1")
+        self.draws, self.seed, self.loss = draws, seed, loss or label_loss
+
+    def values(
+        self,
+        network: nn.Module,
+        trace: NetworkTrace,
+        batches: Iterable[Any],
+        candidates: Candidates,
+        progress: Progress | None = None,
+    ) -> ValueTable:
+        """Minus half of what second order predicts, twice."""
+        table = candidates_of(candidates, trace.names)
+        traces = hessian_traces(network, trace.names, self.loss, batches, self.draws, self.seed, progress)
+        errors = weight_errors(network, table)
+        return {
+            layer.name: {
+                bits: -max(traces[layer.name], 0.0) / layer.weights * error
+                for bits, error in errors[layer.name].items()
+            }
+            for layer in trace.layers
         }
-    return values
+
+
+def hessian_traces(
+    network: nn.Module,
+    names: Sequence[str],
+    loss: Loss,
+    batches: Iterable[Any],
+    draws: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Trace of the Hessian of each layer's weight, by Hutchinson's estimate with signs.
+
+    Args:
+        network: run in evaluation mode.
+        names: of the layers.
+        loss: see :class:`Hessian`.
+        batches: what ``loss`` takes; larger ones count for more.
+        draws: vectors of signs, the same for all batches and processes.
+        seed: of these.
+        progress: called after each batch.
+
+    Returns:
+        By name of the layer.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    weights = [float_weight(network.get_submodule(name)) for name in names]
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=weights[0].device)
+    with evaluating(network), torch.inference_mode(False), torch.enable_grad(), _trainable(weights):
+        for done, batch in enumerate(batches, 1):
+            count = len(images_of(batch))
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+                gradients = torch.autograd.grad(loss(network, batch), weights, create_graph=True)
+            generator = torch.Generator().manual_seed(seed)
+            for _ in range(draws):
+                signs = [_signs(weight, generator) for weight in weights]
+                products = torch.autograd.grad(gradients, weights, signs, retain_graph=True)
+                parts = [(sign * product).sum().double() for sign, product in zip(signs, products, strict=True)]
+                sums[:-1] += torch.stack(parts) * (count / draws)
+            sums[-1] += count
+            del gradients
+            _report(progress, done, batches)
+    _add_processes(sums)
+    if not sums[-1]:
+        raise ValueError("the Hessian needs at least one batch, got none")
+    return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+
+def label_loss(network: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy of a classifier; labels below 0 do not count.
+
+    Args:
+        network: maps images (B, ...) to logits (B, classes).
+        batch: something with ``.labels``, a dictionary with ``labeled``, or a tuple of images and labels.
+
+    Raises:
+        ValueError: if there are no labels.
+    """
+    labelled = batch["labeled"] if isinstance(batch, Mapping) and "labeled" in batch else batch
+    labels = getattr(labelled, "labels", None)
+    if labels is None and isinstance(labelled, (tuple, list)) and len(labelled) > 1:
+        labels = labelled[1]
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            "no labels in the batch: expected .labels or a tuple of images and labels; otherwise give Hessian a loss"
+        )
+    images = next(image_batches(network, [batch]))
+    return nn.functional.cross_entropy(network(images), labels.to(images.device), ignore_index=-1)
+
+
+class OutputError(Score):
+    """How much the network's output changes when one layer's weight is quantized: measured, not modelled.
+
+    It takes as many passes over the calibration images as there are layers and candidates together.
+
+    Args:
+        quantize: maps a weight and bits to the quantized weight; :func:`nearest` by default.
+    """
+
+    def __init__(self, quantize: Callable[[Tensor, int], Tensor] | None = None) -> None:
+        self.quantize = quantize or nearest
+
+    @torch.no_grad()
+    def values(
+        self,
+        network: nn.Module,
+        trace: NetworkTrace,
+        batches: Iterable[Any],
+        candidates: Candidates,
+        progress: Progress | None = None,
+    ) -> ValueTable:
+        """Minus the mean squared change of the output."""
+        choices = [(name, bits) for name, row in candidates_of(candidates, trace.names).items() for bits in row]
+        sums = torch.zeros(len(choices) + 1, dtype=torch.float64)
+        with evaluating(network):
+            for seen, images in enumerate(image_batches(network, batches)):
+                expected = _output(network(images))
+                for index, (name, bits) in enumerate(choices):
+                    weight = float_weight(network.get_submodule(name))
+                    with _replaced(weight, self.quantize(weight, bits)):
+                        sums[index] += (_output(network(images)) - expected).double().square().sum().item()
+                    _report(progress, seen * len(choices) + index + 1, batches, len(choices))
+                sums[-1] += expected.numel()
+        sums = sums.to(next(network.parameters()).device)
+        _add_processes(sums)
+        if not sums[-1]:
+            raise ValueError("output_error needs at least one batch, got none")
+        table: ValueTable = {}
+        for (name, bits), error in zip(choices, (-sums[:-1] / sums[-1]).tolist(), strict=True):
+            table.setdefault(name, {})[bits] = error
+        return table
+
+
+class WeightError(Score):
+    """Squared error of the weight, which needs no pass over images for each candidate.
+
+    Args:
+        inputs: multiply by the mean square of the inputs and by the positions, which gives the squared error of the
+            output if inputs are independent; takes one pass over the images.
+    """
+
+    def __init__(self, inputs: bool = False) -> None:
+        self.inputs = inputs
+
+    def values(
+        self,
+        network: nn.Module,
+        trace: NetworkTrace,
+        batches: Iterable[Any],
+        candidates: Candidates,
+        progress: Progress | None = None,
+    ) -> ValueTable:
+        """Minus the squared error."""
+        errors = weight_errors(network, candidates_of(candidates, trace.names))
+        energy = dict.fromkeys(errors, 1.0)
+        if self.inputs:
+            squares = input_squares(network, trace.names, batches)
+            energy = {layer.name: squares[layer.name] * layer.positions for layer in trace.layers}
+        return {name: {bits: -energy[name] * error for bits, error in row.items()} for name, row in errors.items()}
 
 
 @torch.no_grad()
-def layer_error_values(
-    network: nn.Module,
-    trace: NetworkTrace,
-    pictures: Sequence[Tensor],
-    candidates: Mapping[str, Sequence[int]],
-    images: int = 32,
-) -> Values:
-    """Minus the squared error of each layer's output relative to its variance, with quantized weight and float input.
+def nearest(weight: Tensor, bits: int, scale: Tensor | None = None) -> Tensor:
+    """A weight rounded to the nearest of its quantized values, symmetric, with a scale for each output channel.
 
     Args:
-        network: see :func:`score_layers`.
-        trace: of it.
-        pictures: calibration images.
-        candidates: numbers of bits.
-        images: how many of the pictures to use on each process.
-
-    Source: the noise of each layer, as in Lin et al., "Fixed point quantization of deep convolutional networks" (2016).
+        weight: (C, ...).
+        bits: 2 to 8.
+        scale: (C,); None for the one at which each channel's largest magnitude is the largest integer.
     """
-    leader = {name: group[0] for group in trace.groups for name in group}
-    sums = {name: torch.zeros(1 + len(candidates[name]), dtype=torch.float64) for name in leaders(trace)}
+    quantizer = WeightQuantizer(weight, "max" if scale is None else "fixed")
+    if scale is not None:
+        quantizer.set_scale(scale)
+    quantizer.set_bits(bits)
+    return quantizer(weight)
 
-    def watch(name: str) -> Callable[..., None]:
-        own, layer = candidates[leader[name]], network.get_submodule(name)
-        weight = _weight(network, name)
-        errors = [nearest(weight, bits) - weight for bits in own]
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            spread = output.double() - output.double().mean()
-            found = [
-                spread.square().sum(),
-                *(_apply(layer, inputs[0], error).double().square().sum() for error in errors),
-            ]
-            sums[leader[name]] += torch.stack(found).cpu()
+@torch.no_grad()
+def weight_errors(network: nn.Module, candidates: Mapping[str, Sequence[int]]) -> ValueTable:
+    """Squared error of each layer's weight at each of its candidate bits, rounded to nearest.
+
+    Args:
+        network: left as it is.
+        candidates: bits by name of the layer.
+    """
+    table = {}
+    for name, row in candidates.items():
+        weight = float_weight(network.get_submodule(name))
+        table[name] = {bits: (nearest(weight, bits) - weight).double().square().sum().item() for bits in row}
+    return table
+
+
+@torch.no_grad()
+def input_squares(network: nn.Module, names: Sequence[str], batches: Iterable[Any]) -> dict[str, float]:
+    """Mean square of each layer's inputs.
+
+    Args:
+        network: run in evaluation mode.
+        names: of the layers.
+        batches: see :func:`modules.quantization.features.images_of`.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=next(network.parameters()).device)
+
+    def hook_of(index: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums[0, index] += inputs[0].double().square().sum()
+            sums[1, index] += inputs[0].numel()
 
         return hook
 
-    with evaluating(network), _hooks(network, {name: watch(name) for name in leader}):
-        for batch in _first(pictures, images):
-            network(batch)
-    values = {}
-    for name, own in sums.items():
-        total = _over_processes(own)
-        values[name] = {
-            bits: -(error / total[0]).item() for bits, error in zip(candidates[name], total[1:], strict=True)
-        }
-    return values
-
-
-@torch.no_grad()
-def output_error_values(
-    network: nn.Module,
-    trace: NetworkTrace,
-    pictures: Sequence[Tensor],
-    candidates: Mapping[str, Sequence[int]],
-    images: int = 32,
-    progress: Callable[[int, int], None] | None = None,
-) -> Values:
-    """Minus the mean squared change of the network's output when one layer (with its shortcuts) is quantized.
-
-    One pass of the images for each layer and number of bits.
-
-    Args:
-        network: see :func:`score_layers`.
-        trace: of it.
-        pictures: calibration images.
-        candidates: numbers of bits.
-        images: how many of the pictures to use on each process.
-        progress: called with the passes done and their number.
-    """
-    batches = list(_first(pictures, images))
-    groups = [(group, bits) for group in trace.groups for bits in candidates[group[0]] if len(candidates[group[0]]) > 1]
-    values: Values = {group[0]: dict.fromkeys(candidates[group[0]], 0.0) for group in trace.groups}
-    with evaluating(network):
-        targets = [network(batch).double() for batch in batches]
-        for done, (group, bits) in enumerate(groups):
-            with _quantized(network, group, bits):
-                changes = [
-                    (network(batch).double() - target).square().flatten(1).mean(1)
-                    for batch, target in zip(batches, targets, strict=True)
-                ]
-            rows = gather_rows(torch.cat(changes)[:, None])
-            values[group[0]][bits] = -rows.mean().item()
-            if progress is not None:
-                progress(done + 1, len(groups))
-    return values
-
-
-def hessian_values(
-    network: nn.Module,
-    trace: NetworkTrace,
-    pictures: Sequence[Tensor],
-    candidates: Mapping[str, Sequence[int]],
-    images: int = 32,
-    probes: int = 8,
-    seed: int = 0,
-) -> Values:
-    """Minus half the mean eigenvalue of the loss' Hessian times the squared error of the weight.
-
-    The loss is the cross-entropy with the network's own answers, so that no labels are needed; the trace is estimated
-    with random signs (Hutchinson).
-
-    Args:
-        network: see :func:`score_layers`.
-        trace: of it.
-        pictures: calibration images.
-        candidates: numbers of bits.
-        images: how many of the pictures to use on each process.
-        probes: number of random vectors.
-        seed: of these.
-
-    Source: Dong et al., HAWQ-v2 (2020), equation 5 and algorithm 1.
-    """
-    names = [name for group in trace.groups for name in group]
-    weights = [float_weight(network.get_submodule(name)) for name in names]
-    frozen = [parameter for parameter in weights if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    generator = torch.Generator().manual_seed(seed)
-    traces = torch.zeros(len(names), dtype=torch.float64)
-    count = 0
-    with evaluating(network), torch.enable_grad():
-        for batch in _first(pictures, images):
-            logits = network(batch)
-            loss = functional.cross_entropy(logits, logits.detach().argmax(1)) * len(batch)
-            gradients = torch.autograd.grad(loss, weights, create_graph=True)
-            for probe in range(probes):
-                signs = [_signs(weight, generator) for weight in weights]
-                products = torch.autograd.grad(
-                    gradients, weights, signs, retain_graph=probe + 1 < probes, materialize_grads=True
-                )
-                traces += torch.stack(
-                    [(sign * product).double().sum() for sign, product in zip(signs, products, strict=True)]
-                ).cpu()
-            count += len(batch)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    sums = _over_processes(torch.cat([traces / probes, torch.tensor([count], dtype=torch.float64)]))
-    mean_trace = dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
-    values = {}
-    for group in trace.groups:
-        own = {name: _weight(network, name) for name in group}
-        values[group[0]] = {
-            bits: -sum(
-                0.5
-                * max(mean_trace[name], 0.0)
-                / weight.numel()
-                * (nearest(weight, bits) - weight).square().sum().item()
-                for name, weight in own.items()
-            )
-            for bits in candidates[group[0]]
-        }
-    return values
-
-
-@torch.no_grad()
-def nearest(weight: Tensor, bits: int) -> Tensor:
-    """A weight rounded to nearest on a symmetric grid of each channel with the best of 80 ranges."""
-    grid = search_channel_grid(weight, bits, symmetric=True)
-    shape = (-1, *[1] * (weight.ndim - 1))
-    return (quantize(weight, grid) - grid.zero_point.view(shape)) * grid.scale.view(shape)
-
-
-def _weighted(scores: dict[str, float], weighting: Weighting, beta: float) -> dict[str, float]:
-    if weighting == "identity":
-        return scores
-    if weighting != "exp_neg":
-        raise ValueError(f"weighting: {weighting!r} is unknown; expected identity or exp_neg")
-    return {name: torch.exp(torch.tensor(-beta * score, dtype=torch.float64)).item() for name, score in scores.items()}
-
-
-def _weight(network: nn.Module, name: str) -> Tensor:
-    return float_weight(network.get_submodule(name)).detach()
-
-
-def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
-    """A layer without bias with another weight."""
-    if isinstance(layer, nn.Linear):
-        return functional.linear(inputs, weight)
-    return layer._conv_forward(inputs, weight, None)
-
-
-def _first(pictures: Sequence[Tensor], images: int) -> Iterator[Tensor]:
-    for batch in pictures:
-        if images <= 0:
-            return
-        yield batch[:images]
-        images -= len(batch)
-
-
-def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.randint(2, weight.shape, generator=generator) * 2 - 1).to(weight)
-
-
-def _over_processes(sums: Tensor) -> Tensor:
-    if torch.distributed.is_initialized():
-        sums = sums.clone()
-        torch.distributed.all_reduce(sums)
-    return sums
-
-
-@contextmanager
-def _quantized(network: nn.Module, names: Sequence[str], bits: int) -> Iterator[None]:
-    """Weights of some layers rounded to nearest, for a while."""
-    weights = {name: float_weight(network.get_submodule(name)) for name in names}
-    kept = {name: weight.detach().clone() for name, weight in weights.items()}
-    for weight in weights.values():
-        weight.copy_(nearest(weight, bits))
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(hook_of(index)) for index, name in enumerate(names)
+    ]
     try:
-        yield
-    finally:
-        for name, weight in weights.items():
-            weight.copy_(kept[name])
-
-
-@contextmanager
-def _hooks(network: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
-    handles = [network.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
+        with evaluating(network):
+            for images in image_batches(network, batches):
+                network(images)
     finally:
         for handle in handles:
             handle.remove()
+    _add_processes(sums)
+    if not sums[1].all():
+        raise ValueError("the inputs of layers need at least one batch, got none")
+    return dict(zip(names, (sums[0] / sums[1]).tolist(), strict=True))
+
+
+def main_layers(trace: NetworkTrace) -> list[str]:
+    """Layers that have bits of their own: all but shortcuts, which have those of the layer they are added to."""
+    return [layer.name for layer in trace.layers if layer.partner is None]
+
+
+def channel_correlation(scores: Mapping[str, float], trace: NetworkTrace) -> float:
+    """Rank correlation of scores with 1 / channels: how much of an order is explained by width alone.
+
+    Args:
+        scores: of layers.
+        trace: tells their channels.
+
+    Returns:
+        Spearman's coefficient; not a number if all scores or all widths are equal.
+    """
+    from scipy.stats import rankdata
+
+    ranks = torch.tensor(
+        [
+            rankdata(list(scores.values())).tolist(),
+            rankdata([1 / trace[name].out_channels for name in scores]).tolist(),
+        ]
+    )
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def _check_choice(field: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{field}: {value!r} is unknown; expected {', '.join(get_args(choices))}")
+
+
+def _check_finite(features: Tensor, name: str) -> None:
+    bad = int((~features.isfinite().all(1)).sum())
+    if bad:
+        raise ValueError(f"{name}: its feature is not finite for {bad} of {len(features)} images")
+
+
+def _add_processes(sums: Tensor) -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+
+
+def _report(progress: Progress | None, done: int, batches: Iterable[Any], each: int = 1) -> None:
+    if progress is not None:
+        progress(done, len(batches) * each if isinstance(batches, Sized) else None)
+
+
+def _output(output: Any) -> Tensor:
+    """The first tensor of whatever a network returns."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return output
+
+
+def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
+    return (2.0 * torch.randint(0, 2, weight.shape, generator=generator) - 1).to(weight)
+
+
+@contextmanager
+def _trainable(weights: Sequence[Tensor]) -> Iterator[None]:
+    before = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, required in zip(weights, before, strict=True):
+            weight.requires_grad_(required)
+
+
+@contextmanager
+def _replaced(weight: Tensor, other: Tensor) -> Iterator[None]:
+    kept = weight.clone()
+    weight.copy_(other)
+    try:
+        yield
+    finally:
+        weight.copy_(kept)
