@@ -161,7 +161,7 @@ def reconstruct(
     done = done or {}
     _check(network, trace, images, weight_bits, settings)
     results: dict[str, QuantizedWeight] = {}
-    with evaluating(network), _frozen(network):
+    with evaluating(network), frozen(network):
         segments = split_network(network, trace, images[:2])
         _check_done(done, segments, network, weight_bits)
         streams = Streams(
@@ -340,7 +340,7 @@ def _dequantized(weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
+def frozen(network: nn.Module) -> Iterator[None]:
     """No gradients for a network's parameters, for a while."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -99,8 +99,8 @@ def search_tensor_grid(
     flat = values.detach().flatten()
     kept = flat if samples is None else flat[:: max(1, -(-flat.numel() // samples))]
     ends = torch.stack(flat.aminmax()) if extremes is None else flat.new_tensor(extremes)
-    # the extremes stand at the end of the sample, so that one code looks at both kinds of tensors
-    row = kept if extremes is None and samples is None else torch.cat([kept, ends])
+    # the extremes stand at the end of the sample, so that they are those of the row that is searched
+    row = kept if extremes is None and kept.numel() == flat.numel() else torch.cat([kept, ends])
     return search_channel_grid(row[None], bits, symmetric, exponent, include_zero)
 
 
