@@ -61,12 +61,13 @@ def _operations(layer: TracedLayer, rule: Rule) -> int:
     return 2 * layer.macs + sign * layer.out_channels * layer.positions
 
 
-def size_mib(costs: Mapping[str, LayerCost], bits: int | Mapping[str, int] = FLOAT_BITS) -> float:
+def size_mib(costs: Mapping[str, LayerCost], bits: float | Mapping[str, int] = FLOAT_BITS) -> float:
     """Size of all layers in MiB.
 
     Args:
         costs: see :func:`count_costs`.
-        bits: of weights, one number for all or one per layer; 32 by default, the size before quantization.
+        bits: of weights, one number for all (which may be a mean) or one per layer; 32 by default, the size before
+            quantization.
 
     Raises:
         ValueError: if layers are without bits.
@@ -119,13 +120,13 @@ def as_published_resnet50(costs: Mapping[str, LayerCost]) -> dict[str, LayerCost
     }
 
 
-def bits_of_all(costs: Mapping[str, LayerCost], bits: int | Mapping[str, int]) -> Mapping[str, int]:
+def bits_of_all(costs: Mapping[str, LayerCost], bits: float | Mapping[str, int]) -> Mapping[str, float]:
     """Bits by name of the layer, where one number may stand for all.
 
     Raises:
         ValueError: if layers are without bits.
     """
-    if isinstance(bits, int):
+    if isinstance(bits, (int, float)):
         return dict.fromkeys(costs, bits)
     if missing := [name for name in costs if name not in bits]:
         raise ValueError(f"{len(missing)} of {len(costs)} layers have no bits ({some(missing)})")
