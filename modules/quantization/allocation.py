@@ -15,11 +15,11 @@ from scipy.optimize import minimize
 
 from modules.quantization.costs import BITS_PER_MIB, FLOAT_BITS, LayerCost, bits_of_all, bops, size_mib
 from modules.quantization.multiple_choice import Choices, choose_bits
-from modules.quantization.quantizers import LEAST_BITS, MOST_BITS, check_bits
+from modules.quantization.quantizers import check_bits
+from modules.quantization.scores import Candidates, shared_candidates
 from modules.quantization.tracing import NetworkTrace, some
 
 Rounding = Literal["milp", "official_dfs", "round"]
-Candidates = Sequence[int] | Mapping[str, Sequence[int]]
 GIGA = 10**9
 MOST_SPLIT = 20
 HEADER = """\
@@ -145,7 +145,7 @@ def allocate(
 
     Args:
         values: layer -> bits -> what they are worth; see :mod:`modules.quantization.scores`. Layers with one candidate
-            and shortcuts need none.
+            need none and add nothing; a shortcut's are added to those of its layer, if there are any.
         trace: of the network; tells which layers share their bits.
         costs: of all layers, see :func:`modules.quantization.costs.count_costs`.
         candidates: numbers of bits in ascending order, for all layers or by layer; one number fixes a layer, which is
@@ -177,11 +177,11 @@ def allocate(
         if own != FLOAT_BITS:
             check_bits(own, f"activation_bits of {name}")
     groups = trace.groups
-    rows = {group[0]: _candidates_of(candidates, group[0]) for group in groups}
+    rows = shared_candidates(candidates, trace)
     choices = [
         Choices(
             np.array(rows[group[0]]),
-            _values_of(values, group[0], rows[group[0]]),
+            _values_of(values, group, rows[group[0]]),
             sum(budgets.cost_of(costs[name], inputs[name]) for name in group),
         )
         for group in groups
@@ -334,21 +334,17 @@ def _whole(value: float, per: int) -> int:
     return units if units / per <= value else units - 1
 
 
-def _candidates_of(candidates: Candidates, name: str) -> tuple[int, ...]:
-    if isinstance(candidates, Mapping) and name not in candidates:
-        raise ValueError(f"{name}: no candidate bits are given for it")
-    own = list(candidates[name] if isinstance(candidates, Mapping) else candidates)
-    if not own or own != sorted(set(own)):
-        raise ValueError(
-            f"{name}: candidate bits must be in ascending order, each once, of {LEAST_BITS}..{MOST_BITS}, got {own}"
-        )
-    return tuple(check_bits(bits, f"{name}: candidate bits") for bits in own)
-
-
-def _values_of(values: Mapping[str, Mapping[int, float]], name: str, bits: Sequence[int]) -> NDArray[np.float64]:
-    own = values.get(name, {})
+def _values_of(
+    values: Mapping[str, Mapping[int, float]], group: Sequence[str], bits: Sequence[int]
+) -> NDArray[np.float64]:
+    """Value of each number of bits to layers that share them; only the first of them must have one."""
+    first, *shortcuts = group
     if len(bits) == 1:
-        return np.array([own.get(bits[0], 0.0)], dtype=np.float64)
+        return np.zeros(1)
+    return sum(_row(values.get(name, {}), name, bits) for name in (first, *(one for one in shortcuts if one in values)))
+
+
+def _row(own: Mapping[int, float], name: str, bits: Sequence[int]) -> NDArray[np.float64]:
     if missing := [number for number in bits if number not in own]:
         raise ValueError(f"{name}: no value is given for {missing} bits; there are values for {sorted(own)}")
     row = np.array([own[number] for number in bits], dtype=np.float64)

@@ -48,6 +48,17 @@ def candidates_of(candidates: Candidates, names: Iterable[str]) -> dict[str, tup
     return table
 
 
+def shared_candidates(candidates: Candidates, trace: NetworkTrace) -> dict[str, tuple[int, ...]]:
+    """Bits that each layer may get, where a shortcut may get those of the layer it is added to.
+
+    Args:
+        candidates: see :func:`candidates_of`; what is given for shortcuts is not looked at.
+        trace: tells which these are.
+    """
+    table = candidates_of(candidates, main_layers(trace))
+    return {layer.name: table[layer.partner or layer.name] for layer in trace.layers}
+
+
 def linear_values(sensitivities: Mapping[str, float], candidates: Candidates) -> ValueTable:
     """Sensitivity times bits, for each layer and candidate.
 
@@ -82,8 +93,8 @@ class Score(ABC):
             progress: called with how much is done and of how much, if that is known.
 
         Returns:
-            By name of the layer, and then by bits. A layer whose bits are those of its partner may be absent, if what
-            the partner has stands for both.
+            By name of the layer, and then by bits. A shortcut has a row of its own, which is added to that of its
+            layer, or none.
         """
 
 
@@ -103,7 +114,7 @@ class LinearScore(Score):
         progress: Progress | None = None,
     ) -> ValueTable:
         """Sensitivity times bits."""
-        return linear_values(self.sensitivities(network, trace, batches), candidates)
+        return linear_values(self.sensitivities(network, trace, batches), shared_candidates(candidates, trace))
 
 
 class TfIdf(LinearScore):
@@ -294,7 +305,7 @@ class Hessian(Score):
         progress: Progress | None = None,
     ) -> ValueTable:
         """Minus half of what second order predicts, twice."""
-        table = candidates_of(candidates, trace.names)
+        table = shared_candidates(candidates, trace)
         traces = hessian_traces(network, trace.names, self.loss, batches, self.draws, self.seed, progress)
         errors = weight_errors(network, table)
         return {
@@ -398,7 +409,7 @@ class OutputError(Score):
         progress: Progress | None = None,
     ) -> ValueTable:
         """Minus the mean squared change of the output."""
-        choices = [(name, bits) for name, row in candidates_of(candidates, trace.names).items() for bits in row]
+        choices = [(name, bits) for name, row in shared_candidates(candidates, trace).items() for bits in row]
         sums = torch.zeros(len(choices) + 1, dtype=torch.float64)
         with evaluating(network):
             for seen, images in enumerate(image_batches(network, batches)):
@@ -439,7 +450,7 @@ class WeightError(Score):
         progress: Progress | None = None,
     ) -> ValueTable:
         """Minus the squared error."""
-        errors = weight_errors(network, candidates_of(candidates, trace.names))
+        errors = weight_errors(network, shared_candidates(candidates, trace))
         energy = dict.fromkeys(errors, 1.0)
         if self.inputs:
             squares = input_squares(network, trace.names, batches)
