@@ -282,7 +282,8 @@ class AppCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; a new run folder in which nothing was written goes away with an error."""
         try:
-            if self.subcommand == "export" and self.checkpoint is not None and self.checkpoint.facts:
+            known = self.subcommand == "export" and self.checkpoint is not None and self.checkpoint.facts
+            if known and "int8" not in (self.config.export.formats or []):  # which is calibrated with pictures
                 self._instantiate_without_data()
             else:
                 super().instantiate_classes()

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from lightning_apps.checkpoints import read_checkpoint
 from lightning_apps.errors import UserError
-from lightning_apps.exporting import export_network
+from lightning_apps.exporting import check_quantized_formats, export_network
 
 
 class FeatureExtraction(LightningModule):
@@ -44,6 +46,39 @@ def load_weights(model: LightningModule, ckpt_path: str | None, weights_only: bo
         raise UserError(f"--ckpt_path {ckpt_path}: does not fit {type(model).__name__}: {error}") from error
 
 
+def pictures(datamodule: LightningDataModule | None, count: int) -> Tensor:
+    """Some pictures as evaluation sees them: training images where the data offers these, otherwise validation images.
+
+    Args:
+        datamodule: The data.
+        count: How many; all where there are fewer.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        UserError: No data, or a count below 1.
+    """
+    if count < 1:
+        raise UserError(f"--calibration_images: {count}, expected at least 1")
+    if datamodule is None:
+        raise UserError("--formats int8: needs pictures to calibrate with: give the data, --data.path FOLDER")
+    datamodule.prepare_data()
+    if hasattr(datamodule, "calibration_dataloader"):
+        loader = datamodule.calibration_dataloader(count)
+    else:
+        datamodule.setup("validate")
+        loader = datamodule.val_dataloader()
+    batches: list[Tensor] = []
+    for batch in loader:
+        batches.append(batch.images)
+        if sum(map(len, batches)) >= count:
+            break
+    if not batches:
+        raise UserError("--formats int8: the data holds no pictures to calibrate with")
+    return torch.cat(batches)[:count]
+
+
 class AppTrainer(Trainer):
     """Lightning's Trainer, with defaults of the suite and the commands `export` and `features`.
 
@@ -68,39 +103,52 @@ class AppTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         output: str | None = None,
-        formats: list[Literal["onnx", "safetensors", "pt2"]] | None = None,
+        formats: list[Literal["onnx", "safetensors", "pt2", "int8", "packed"]] | None = None,
         opset: int = 18,
         tolerance: float = 1e-4,
+        calibration_images: int = 128,
         weights_only: bool | None = None,
     ) -> dict[str, Path]:
         """Write the deployable network as ONNX or a torch.export program, checked against torch, and as safetensors.
 
+        A network with quantizers is written with its quantized weights, and can be written in their bits, and for int8
+        kernels.
+
         Args:
             model: A module with `deployable_network()`.
-            datamodule: Not used: what the data said of itself is in the checkpoint.
+            datamodule: Only used for `int8`: what the data said of itself is in the checkpoint.
             ckpt_path: Checkpoint with the weights.
             output: Folder to write to; by default `export/` of the run.
-            formats: What to write: `onnx`, `safetensors`, `pt2` (torch.export); by default the first two.
+            formats: What to write: `onnx`, `safetensors`, `pt2` (torch.export), and of quantized networks `packed`
+                (safetensors with each weight in its bits) and `int8` (ONNX for integer kernels, 8 bits for each weight
+                of 2..8 bits); by default the first two.
             opset: ONNX operator set.
-            tolerance: Largest allowed difference between written and original outputs, relative to the largest output.
+            tolerance: Largest allowed difference between written and original outputs, relative to the largest output;
+                of `int8` the agreement is told instead.
+            calibration_images: How many pictures of the data `int8` is calibrated with.
             weights_only: False to load a checkpoint that holds more than tensors and plain values.
 
         Returns:
             The file of each format.
 
         Raises:
-            UserError: The module cannot be exported, a package is missing, or the outputs differ.
+            UserError: The module cannot be exported, a package is missing, the outputs differ, or the network has no
+                bits for `int8` and `packed`.
         """
         if not hasattr(model, "deployable_network"):
             raise UserError(f"{type(model).__name__} offers no deployable_network() to export")
         load_weights(model, ckpt_path, weights_only)
+        formats = formats or ["onnx", "safetensors"]
+        network = model.deployable_network()
+        check_quantized_formats(network, formats)
         return export_network(
-            model.deployable_network(),
+            network,
             getattr(self, "export_facts", {}),
             Path(output or self.default_root_dir),
-            formats=formats or ["onnx", "safetensors"],
+            formats=formats,
             opset=opset,
             tolerance=tolerance,
+            images=pictures(datamodule, calibration_images) if "int8" in formats else None,
         )
 
     def features(

@@ -1,15 +1,22 @@
 """What `export` writes computes what torch computes, and says so when it does not."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from safetensors import safe_open
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_apps import exporting
 from lightning_apps.errors import UserError
 from lightning_apps.exporting import export_network
+from lightning_apps.trainer import AppTrainer
+from modules.quantization.attachment import attach_quantizers, bake, set_bits
+from modules.quantization.packing import load_packed
 
 FACTS = {"image_size": 6, "in_channels": 2, "class_names": ["a", "b"]}
 
@@ -57,3 +64,96 @@ def test_without_the_extra_its_name_is_said(network, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"onnx, onnxscript, onnxruntime: pip install 'lightning-apps\[export\]'"):
         export_network(network, FACTS, tmp_path)
     assert (tmp_path / "model.safetensors").is_file(), "safetensors needs nothing more"
+
+
+@pytest.fixture
+def quantized(network):
+    attach_quantizers(network, ["0", "4"])
+    set_bits(network, {"0": 3, "4": 8}, {"0": 8})
+    network(torch.randn(8, 2, 6, 6))
+    return network.eval()
+
+
+def test_a_quantized_network_in_all_formats(quantized, tmp_path):
+    plain = bake(copy.deepcopy(quantized))
+    images = torch.randn(40, 2, 6, 6)
+    formats = ["onnx", "safetensors", "pt2", "int8", "packed"]
+    written = export_network(quantized, FACTS, tmp_path, formats=formats, images=images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "export.json",
+        "model.int8.onnx",
+        "model.onnx",
+        "model.packed.safetensors",
+        "model.pt2",
+        "model.safetensors",
+    ]
+    with safe_open(written["safetensors"], "pt") as file:
+        restored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
+    assert restored.keys() == plain.state_dict().keys()
+    assert torch.equal(restored["0.weight"], plain[0].weight), "float formats hold the quantized weights"
+    fresh = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    assert load_packed(fresh, written["packed"]).facts == FACTS
+    assert torch.equal(fresh.eval()(images), plain(images))
+    told = json.loads(written["description"].read_text())["quantization"]
+    assert told["weight_bits"] == {"0": 3, "4": 8}
+    assert told["bops_g"] == pytest.approx((16 * 4 * 2 * 9 * 3 * 8 + 64 * 2 * 8 * 32) / 1e9, abs=1e-4)
+    assert told["packed_weights_mib"] == pytest.approx((72 * 3 / 8 + 128) / 2**20, abs=1e-4)
+    assert told["files_mib"].keys() == set(formats)
+    assert told["latency_ms"].keys() == {"onnx", "int8"}
+    assert "make nothing faster" in told["note"]
+    assert told["int8"]["calibration_images"] == 40
+    assert told["int8"]["top1_agreement_on_them"] >= 0.95
+    assert told["int8"]["relative_error_on_them"] < 0.05
+
+
+def test_formats_that_need_bits_say_so(network, tmp_path):
+    with pytest.raises(UserError, match=r"--formats packed: the network has no quantizers; .* csmpq"):
+        export_network(network, FACTS, tmp_path, formats=["onnx", "packed"])
+    attach_quantizers(network, ["0"])
+    with pytest.raises(UserError, match="--formats int8, packed: no layer has bits yet"):
+        export_network(network, FACTS, tmp_path, formats=["int8", "packed"])
+    assert not list(tmp_path.iterdir())
+    assert "packed" not in export_network(network, FACTS, tmp_path, formats=["safetensors"])
+    set_bits(network, {"0": 4})
+    with pytest.raises(UserError, match="--formats int8: needs pictures"):
+        export_network(network, FACTS, tmp_path, formats=["int8"])
+
+
+class Quantized(LightningModule):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def deployable_network(self):
+        return copy.deepcopy(self.network)
+
+
+class Pictures(LightningDataModule):
+    def val_dataloader(self):
+        pictures = torch.randn(20, 2, 6, 6, generator=torch.Generator().manual_seed(3))
+        return DataLoader(pictures, batch_size=8, collate_fn=lambda rows: SimpleNamespace(images=torch.stack(rows)))
+
+
+class CalibrationPictures(Pictures):
+    def calibration_dataloader(self, count):
+        pictures = torch.full((count, 2, 6, 6), 0.5)
+        return DataLoader(pictures, batch_size=8, collate_fn=lambda rows: SimpleNamespace(images=torch.stack(rows)))
+
+
+@pytest.mark.parametrize("data", [Pictures, CalibrationPictures])
+def test_the_command_calibrates_with_pictures_of_the_data(quantized, tmp_path, monkeypatch, data):
+    seen = {}
+    monkeypatch.setattr("lightning_apps.trainer.export_network", lambda *a, **options: seen.update(options) or {})
+    module = Quantized(quantized)
+    checkpoint = tmp_path / "c.ckpt"
+    torch.save({"state_dict": module.state_dict()}, checkpoint)
+    trainer = AppTrainer(logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.export(module, data(), str(checkpoint), formats=["int8"], calibration_images=11)
+    assert seen["images"].shape == (11, 2, 6, 6)
+    assert bool((seen["images"] == 0.5).all()) == (data is CalibrationPictures)
+    trainer.export(module, data(), str(checkpoint), formats=["packed"])
+    assert seen["images"] is None
+    with pytest.raises(UserError, match="--formats int8: needs pictures to calibrate with: give the data"):
+        trainer.export(module, None, str(checkpoint), formats=["int8"])
+    with pytest.raises(UserError, match="--calibration_images: 0, expected at least 1"):
+        trainer.export(module, data(), str(checkpoint), formats=["int8"], calibration_images=0)
