@@ -2,6 +2,8 @@
 
 from callbacks.atomic_files import atomic_bytes, atomic_text, atomic_write
 from callbacks.best_and_last import BestAndLastCheckpoint
+from callbacks.bit_allocation import BitAllocation
+from callbacks.block_reconstruction import BlockReconstruction
 from callbacks.checkpoint_io import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from callbacks.classification_report import ClassificationReport
 from callbacks.collapse_monitor import CollapseMonitor
@@ -25,6 +27,8 @@ from callbacks.weight_averaging import WarmupWeightAveraging
 __all__ = [
     "AtomicCheckpointIO",
     "BestAndLastCheckpoint",
+    "BitAllocation",
+    "BlockReconstruction",
     "CheckpointError",
     "ClassificationReport",
     "CollapseMonitor",

@@ -1,0 +1,409 @@
+"""Mixed precision for any network in training: how many bits each layer gets, and the quantizers that apply them."""
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from callbacks.media import Media
+from modules.quantization.allocation import Allocation, Rounding, allocate
+from modules.quantization.attachment import attach_quantizers, float_weight, set_bits, weight_quantizers
+from modules.quantization.costs import FLOAT_BITS, LayerCost, Rule, count_costs, size_mib
+from modules.quantization.features import images_of
+from modules.quantization.quantizers import InputScheme, WeightScale, check_bits
+from modules.quantization.scale_search import search_channel_grid
+from modules.quantization.scores import Equal, Random, Score, TfIdf, ValueTable
+from modules.quantization.tracing import NetworkTrace, layer_names, trace_network
+
+FILE = "bits.yaml"
+
+
+class Measured(NamedTuple):
+    """What an allocation starts from: structure and cost of a network, and calibration batches.
+
+    Args:
+        network: the network.
+        trace: its layers.
+        costs: by layer.
+        batches: those of this process, on its device.
+    """
+
+    network: nn.Module
+    trace: NetworkTrace
+    costs: dict[str, LayerCost]
+    batches: list[Any]
+
+
+class BitAllocation(Callback):
+    """Turns a network into one of mixed precision while it trains.
+
+    In ``setup`` every convolution and linear layer gets quantizers that let all pass. At the start of an epoch, the
+    first one by default, calibration pictures go through the network, the layers are scored, an integer programme
+    chooses their bits within a budget, and from then on the network is trained as it will be used. A checkpoint holds
+    bits and ranges, so that a resumed run does not choose again. The choice is written to ``bits.yaml`` in the run's
+    folder and can be edited and given back.
+
+    Calibration pictures come from the datamodule's ``calibration_dataloader(count)``, otherwise from its training
+    batches, which may be a tensor, have ``images``, or hold one of these first or as ``labeled``.
+
+    Args:
+        network: attribute path of the network in the module; of several, the first is measured and all get its bits
+            (a student and the teacher that is its average).
+        score: what a layer's bits are worth, one of :mod:`modules.quantization.scores`; null for the paper's, TfIdf.
+        bits: numbers of bits that a layer's weight may get.
+        layer_bits: pattern of layer names -> numbers of bits for these.
+        first_last_bits: of the first and the last layer; null to choose them like the others.
+        activation_bits: of the inputs of layers; null to leave them as they are.
+        size_budget: in MiB, for weights, biases and norms.
+        mean_bits: the size budget as a mean over all parameters.
+        bops_budget: in 10^9 bit operations per picture.
+        counting: which operations are counted: see :func:`modules.quantization.costs.count_costs`.
+        allocation: file with an allocation to apply instead of choosing one.
+        rounding: ``milp``, the exact programme; ``official_dfs`` or ``round`` of its relaxation.
+        pictures: how many calibration pictures.
+        begin_epoch: the epoch at whose start bits are chosen.
+        exclude: names or patterns of layers to leave alone.
+        weight_scale: ``max`` (HAWQ-v3), ``learned`` (LSQ), or ``fixed`` by a search at the time of allocation.
+        input_scheme: ``affine`` or ``symmetric``.
+        range_momentum: share of the old range of inputs at each step.
+        freeze_norms: running statistics of BatchNorms stay from then on, as if the norms were folded.
+        seed: of random scores.
+
+    Raises:
+        ValueError: for an argument out of its range; in ``setup`` for layers that do not exist; when bits are chosen,
+            for a budget out of reach, and for layers that pictures do not reach.
+
+    Source: Wang et al., "CSMPQ: Class Separability Based Mixed-Precision Quantization" (2022).
+
+    Example::
+
+        Trainer(callbacks=[BitAllocation(network="model", mean_bits=5)]).fit(module, datamodule)
+    """
+
+    adds_parameters = True
+
+    def __init__(
+        self,
+        network: str | list[str] = "network",
+        score: Score | None = None,
+        bits: list[int] = (4, 5, 6, 7, 8),
+        layer_bits: dict[str, list[int]] | None = None,
+        first_last_bits: int | None = 8,
+        activation_bits: int | None = 8,
+        size_budget: float | None = None,
+        mean_bits: float | None = None,
+        bops_budget: float | None = None,
+        counting: Rule = "macs",
+        allocation: str | None = None,
+        rounding: Rounding = "milp",
+        pictures: int = 128,
+        begin_epoch: int = 0,
+        exclude: list[str] = (),
+        weight_scale: WeightScale = "max",
+        input_scheme: InputScheme = "affine",
+        range_momentum: float = 0.99,
+        freeze_norms: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.networks = [network] if isinstance(network, str) else list(network)
+        self.score = score or TfIdf()
+        self.bits, self.layer_bits = list(bits), {name: list(own) for name, own in (layer_bits or {}).items()}
+        self.first_last_bits, self.activation_bits = first_last_bits, activation_bits
+        self.size_budget, self.mean_bits, self.bops_budget = size_budget, mean_bits, bops_budget
+        self.counting, self.rounding, self.file = counting, rounding, allocation
+        self.pictures, self.begin_epoch, self.exclude = pictures, begin_epoch, list(exclude)
+        self.weight_scale, self.input_scheme, self.range_momentum = weight_scale, input_scheme, range_momentum
+        self.freeze_norms, self.seed = freeze_norms, seed
+        self.chosen: dict[str, Any] | None = None
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        budgets = {name: getattr(self, name) for name in ("size_budget", "mean_bits", "bops_budget")}
+        given = [name for name, value in budgets.items() if value is not None]
+        if not given and self.file is None:
+            raise ValueError(f"give a budget ({', '.join(budgets)}) or a file with an allocation")
+        if self.size_budget is not None and self.mean_bits is not None:
+            raise ValueError("size_budget and mean_bits are two ways to give one budget: leave one out")
+        for name in given:
+            if not budgets[name] > 0:
+                raise ValueError(f"{name}: {budgets[name]} is not positive")
+        for field in ("first_last_bits", "activation_bits"):
+            if getattr(self, field) is not None:
+                check_bits(getattr(self, field), field)
+        for field, least in (("pictures", 2), ("begin_epoch", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}: {getattr(self, field)} is below {least}")
+        if not self.networks:
+            raise ValueError("network: no name is given")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach quantizers, before weights are restored and optimizers are built."""
+        for path in self.networks:
+            network = network_of(pl_module, path)
+            names = layer_names(network, self.exclude)
+            scheme = None if self.activation_bits is None else self.input_scheme
+            attach_quantizers(network, names, self.weight_scale, scheme, self.range_momentum)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep norms frozen in a run that goes on in the middle of an epoch."""
+        self._freeze(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose bits, once, when it is time."""
+        if self.chosen is None and trainer.current_epoch >= self.begin_epoch:
+            self.run(trainer, pl_module)
+        self._freeze(pl_module)
+
+    def run(self, trainer: Trainer, pl_module: LightningModule) -> Allocation:
+        """Choose bits or read them from the file, apply them, and report them; on all processes.
+
+        Args:
+            trainer: with a datamodule or training batches to take pictures from.
+            pl_module: the module, on its device.
+
+        Returns:
+            The allocation.
+        """
+        measured = self.measure(trainer, pl_module)
+        if self.file is not None:
+            allocation, values = Allocation.load(self.file, measured.trace), {}
+        else:
+            values = self.score_values(measured, self.score)
+            allocation = agreed(self.choose(measured, values))
+        self.apply(pl_module, allocation)
+        self.chosen = {"weight_bits": dict(allocation.weight_bits), "activation_bits": dict(allocation.activation_bits)}
+        self._report(trainer, pl_module, measured, allocation, values)
+        return allocation
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
+        """Trace and cost of the first network, and calibration pictures on its device.
+
+        Raises:
+            ValueError: without pictures, or for layers that they do not reach.
+        """
+        network = network_of(pl_module, self.networks[0])
+        batches = list(calibration_batches(trainer, pl_module, self.pictures))
+        if not batches:
+            raise ValueError("there are no calibration pictures: the loader gives no batch to this process")
+        trace = trace_network(network, images_of(batches[0])[:2], self.exclude)
+        return Measured(network, trace, count_costs(trace, self.counting), batches)
+
+    def score_values(self, measured: Measured, score: Score) -> ValueTable:
+        """What each number of bits is worth to each layer."""
+        candidates = self.candidates(measured.trace)
+        return score.values(measured.network, measured.trace, measured.batches, candidates)
+
+    def candidates(self, trace: NetworkTrace) -> dict[str, list[int]]:
+        """Numbers of bits that each layer may get.
+
+        Raises:
+            ValueError: for a pattern in ``layer_bits`` that matches nothing.
+        """
+        found = {name: list(self.bits) for name in trace.names}
+        for pattern, own in self.layer_bits.items():
+            matching = [name for name in trace.names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise ValueError(f"layer_bits: {pattern!r} matches none of the {len(trace.names)} layers")
+            found |= {name: list(own) for name in matching}
+        if self.first_last_bits is not None:
+            found |= {name: [self.first_last_bits] for name in first_and_last(trace)}
+        return found
+
+    def choose(self, measured: Measured, values: ValueTable, size_budget: float | None = None) -> Allocation:
+        """The best allocation within the budget.
+
+        Args:
+            measured: see :meth:`measure`.
+            values: see :meth:`score_values`.
+            size_budget: in MiB, instead of the one of this callback.
+
+        Raises:
+            ValueError: for a budget out of reach, with the range that is within.
+        """
+        return allocate(
+            values,
+            measured.trace,
+            measured.costs,
+            self.candidates(measured.trace),
+            size_budget=size_budget or self._size_budget(measured.costs),
+            bops_budget=self.bops_budget,
+            activation_bits=self.activation_bits or FLOAT_BITS,
+            rounding=self.rounding,
+            provenance={"score": type(self.score).__name__, "pictures": self.pictures},
+        )
+
+    def uniform(self, measured: Measured, bits: int) -> Allocation:
+        """The same number of bits for all layers, the first and the last too: a control.
+
+        Args:
+            measured: see :meth:`measure`.
+            bits: 2 to 8.
+        """
+        names = measured.trace.names
+        inputs = dict.fromkeys(names, self.activation_bits or FLOAT_BITS)
+        return Allocation(dict.fromkeys(names, check_bits(bits)), inputs, dict(measured.costs))
+
+    def apply(self, pl_module: LightningModule, allocation: Allocation) -> None:
+        """Let the quantizers of all networks use an allocation.
+
+        Args:
+            pl_module: the module.
+            allocation: of the network that was measured.
+        """
+        for path in self.networks:
+            network = network_of(pl_module, path)
+            inputs = {name: bits for name, bits in allocation.activation_bits.items() if bits != FLOAT_BITS}
+            set_bits(network, allocation.weight_bits, inputs)
+            if self.weight_scale != "max":
+                for name, quantizer in weight_quantizers(network).items():
+                    weight = float_weight(network.get_submodule(name))
+                    quantizer.set_scale(search_channel_grid(weight, quantizer.width, symmetric=True).scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bits, which the quantizers' own state has too."""
+        return {"chosen": self.chosen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do not choose again."""
+        self.chosen = state_dict["chosen"]
+
+    def _size_budget(self, costs: dict[str, LayerCost]) -> float | None:
+        return self.size_budget if self.mean_bits is None else self.mean_bits * size_mib(costs, 1)
+
+    def _freeze(self, pl_module: LightningModule) -> None:
+        if self.chosen is None or not self.freeze_norms:
+            return
+        for path in self.networks:
+            for module in network_of(pl_module, path).modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    @rank_zero_only
+    def _report(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        measured: Measured,
+        allocation: Allocation,
+        values: ValueTable,
+    ) -> None:
+        path = Path(trainer.default_root_dir) / FILE
+        if not trainer.fast_dev_run:
+            allocation.save(path)
+        rank_zero_info(f"bits of {len(allocation.weight_bits)} layers: {allocation.summary()}; written to {path}")
+        media = Media(trainer)
+        controls = {} if self.file is not None else self._controls(measured)
+        table = layer_table(measured, allocation, values, controls)
+        media.table("quantization/layers", *table)
+        media.bar("quantization/bits", measured.trace.names, list(map(float, allocation.weight_bits.values())), "Bits")
+        if values:
+            media.bar(
+                "quantization/score",
+                *sensitivities(values),
+                title=f"Worth of one more bit ({type(self.score).__name__})",
+            )
+        for logger in trainer.loggers:
+            logger.log_metrics(figures(allocation), step=trainer.global_step)
+
+    def _controls(self, measured: Measured) -> dict[str, Allocation]:
+        controls = {"equal": Equal(), "random": Random(self.seed)}
+        return {name: self.choose(measured, self.score_values(measured, score)) for name, score in controls.items()}
+
+
+def network_of(pl_module: LightningModule, path: str) -> nn.Module:
+    """The module at an attribute path.
+
+    Raises:
+        ValueError: if there is none, with the names at the last place that exists.
+    """
+    found: nn.Module = pl_module
+    for part in path.split(".") if path else []:
+        inner = getattr(found, part, None)
+        if not isinstance(inner, nn.Module):
+            names = ", ".join(name for name, _ in found.named_children())
+            raise ValueError(f"network: {type(pl_module).__name__} has no module {path!r}; {part!r} is none of {names}")
+        found = inner
+    return found
+
+
+def calibration_batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Any]:
+    """Batches on the module's device, this process' share of so many images in all, or somewhat more.
+
+    Args:
+        trainer: whose datamodule has ``calibration_dataloader(count)``, or which has training batches.
+        pl_module: the module that the batches are for.
+        count: images in all.
+    """
+    data = getattr(trainer, "datamodule", None)
+    own = getattr(data, "calibration_dataloader", None)
+    loader = own(count) if own is not None else trainer.train_dataloader
+    left = count if own is not None else -(-count // trainer.world_size)
+    combined = isinstance(loader, CombinedLoader)
+    for batch in (found[0] for found in loader) if combined else loader:
+        yield trainer.strategy.batch_to_device(batch, pl_module.device)
+        left -= len(images_of(batch))
+        if left <= 0:
+            return
+
+
+def first_and_last(trace: NetworkTrace) -> tuple[str, str]:
+    """The layers that see the picture and give the answer."""
+    main = [layer.name for layer in trace.layers if layer.partner is None]
+    return main[0], main[-1]
+
+
+def agreed(allocation: Allocation) -> Allocation:
+    """The allocation of rank zero, on all processes."""
+    if not torch.distributed.is_initialized():
+        return allocation
+    box = [allocation]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def figures(allocation: Allocation) -> dict[str, float]:
+    """What loggers show of an allocation: MiB, 10^9 bit operations per picture, and mean bits of parameters."""
+    return {
+        "quantization/size_mib": allocation.size,
+        "quantization/gbops": allocation.bops,
+        "quantization/mean_bits": allocation.size / size_mib(allocation.costs, 1),
+    }
+
+
+def sensitivities(values: ValueTable) -> tuple[list[str], list[float]]:
+    """Layers, and what one more bit is worth to each on average."""
+    names = [name for name, own in values.items() if len(own) > 1]
+    slopes = [(own[max(own)] - own[min(own)]) / (max(own) - min(own)) for own in map(values.get, names)]
+    return names, slopes
+
+
+def layer_table(
+    measured: Measured,
+    allocation: Allocation,
+    values: ValueTable,
+    controls: dict[str, Allocation],
+) -> tuple[list[str], list[Sequence[Any]]]:
+    """Columns and rows of a table of layers: bits of the method and of controls, worth, and cost."""
+    slopes = dict(zip(*sensitivities(values), strict=True))
+    columns = ["layer", "bits", *(f"bits ({name})" for name in controls), "input bits", "worth of a bit"]
+    rows = [
+        [
+            name,
+            allocation.weight_bits[name],
+            *(control.weight_bits[name] for control in controls.values()),
+            allocation.activation_bits[name],
+            slopes.get(name),
+            cost.parameters,
+            cost.operations,
+        ]
+        for name, cost in measured.costs.items()
+    ]
+    return [*columns, "parameters", "operations"], rows
