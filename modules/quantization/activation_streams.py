@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from modules.quantization.attachment import ORIGINAL, float_weight
-from modules.quantization.tracing import NetworkTrace, Unit
+from modules.quantization.attachment import ORIGINAL, float_weight, input_quantizers, weight_quantizers
+from modules.quantization.tracing import NetworkTrace, Unit, some
 
 CacheType = Literal["float32", "float16", "bfloat16"]
 TOLERANCE = 1e-4
@@ -105,11 +105,16 @@ def weight_name(layer: nn.Module) -> str:
 
 
 def check_passive(network: nn.Module, names: Sequence[str]) -> None:
-    """Raise a ValueError if a quantizer on these layers already changes their weights."""
-    for name in names:
-        layer = network.get_submodule(name)
-        if not torch.equal(layer.weight, float_weight(layer)):
-            raise ValueError(f"{name}: its weight is quantized already; give its quantizer 0 bits, or take it off")
+    """Raise a ValueError if a quantizer on any layer, or another parametrization of these, changes anything yet."""
+    found = (*weight_quantizers(network).items(), *input_quantizers(network).items())
+    active = [name for name, quantizer in found if quantizer.width]
+    layers = {name: network.get_submodule(name) for name in names}
+    active += [name for name, layer in layers.items() if not torch.equal(layer.weight, float_weight(layer))]
+    if active := list(dict.fromkeys(active)):
+        raise ValueError(
+            f"{len(active)} layers are quantized already ({some(active)}); give their quantizers 0 bits, or take them "
+            "off"
+        )
 
 
 def float_weights(network: nn.Module, trace: NetworkTrace) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from modules.quantization.activation_streams import CacheType, Segment, Streams, split_network
+from modules.quantization.activation_streams import CacheType, Segment, Streams, check_passive, split_network
 from modules.quantization.quantizers import TINY, round_through
 from modules.quantization.reconstruction import (
     LOOK_EVERY,
@@ -159,7 +159,7 @@ def learn_steps(
     Inputs and targets of a unit are those of the float network.
 
     Args:
-        network: with its weights quantized; they stay as they are. Quantizers of inputs on it must have 0 bits.
+        network: with its weights overwritten by quantized ones, which stay; quantizers on it must have 0 bits.
         trace: of it.
         images: (N, ...) calibration images; at least a batch.
         quantizers: by layer; changed in place.
@@ -170,7 +170,7 @@ def learn_steps(
         on_unit: called with each unit that is newly finished.
 
     Raises:
-        ValueError: for unknown layers, or too few images.
+        ValueError: for unknown layers, too few images, or quantizers at work.
 
     Warns:
         UserWarning: for layers that cannot be run alone, whose scales stay.
@@ -182,6 +182,7 @@ def learn_steps(
         raise ValueError(f"quantizers: no layers of this network: {some(unknown)}; it has {some(trace.names)}")
     if len(images) < settings.batch_size:
         raise ValueError(f"{len(images)} calibration images are fewer than batch_size: {settings.batch_size}")
+    check_passive(network, trace.names)
     with evaluating(network), frozen(network):
         segments = split_network(network, trace, images[:2])
         kept = settings.cache, settings.cache_device

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modules.quantization.activation_streams import float_weights
+from modules.quantization.attachment import attach_quantizers, set_bits
 from modules.quantization.quantizers import InputQuantizer
 from modules.quantization.reconstruction import ReconstructionSettings, reconstruct
 from modules.quantization.scale_search import UniformGrid, search_tensor_grid
@@ -125,3 +126,7 @@ def test_bad_input_is_named():
         learn_steps(network, trace, images(4), {"stem": None}, originals)
     with pytest.raises(ValueError, match="4 calibration images are fewer than batch_size: 32"):
         learn_steps(network, trace, images(4), {}, originals)
+    attach_quantizers(network, trace.names, weight_scale="max")
+    set_bits(network, {"conv": 8})
+    with pytest.raises(ValueError, match=r"1 layers are quantized already \(conv\)"):
+        learn_steps(network, trace, images(32), {}, originals)
