@@ -19,8 +19,8 @@ from modules.timing import interleaved
 ROUNDS = 30
 MIB = 2**20
 NOTE = (
-    "Bits below 8 make the packed file and the BOPs smaller. They make nothing faster here: int8 kernels compute "
-    "layers of 2 to 8 bits alike, and the int8 latency is what they take."
+    "Bits below 8 make the packed file and the BOPs smaller. No kernel here computes in fewer than 8 bits: the int8 "
+    "latency is that of 8-bit kernels, of which the container decides (uint8 is slower on x86 without VNNI)."
 )
 
 

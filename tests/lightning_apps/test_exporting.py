@@ -100,7 +100,7 @@ def test_a_quantized_network_in_all_formats(quantized, tmp_path):
     assert told["packed_weights_mib"] == pytest.approx((72 * 3 / 8 + 128) / 2**20, abs=1e-4)
     assert told["files_mib"].keys() == set(formats)
     assert told["latency_ms"].keys() == {"onnx", "int8"}
-    assert "make nothing faster" in told["note"]
+    assert "No kernel here computes in fewer than 8 bits" in told["note"]
     assert told["int8"]["calibration_images"] == 40
     assert told["int8"]["top1_agreement_on_them"] >= 0.95
     assert told["int8"]["relative_error_on_them"] < 0.05

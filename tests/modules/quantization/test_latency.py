@@ -44,7 +44,7 @@ def test_a_report_keeps_its_numbers_apart(tmp_path):
     assert report["packed_weights_mib"] == pytest.approx(64 * 64 * 3 / 8 / 2**20, abs=1e-4)
     assert report["files_mib"] == {"packed": 0.25}
     assert not report.keys() & {"bops_g", "latency_ms"}
-    assert "int8 latency is what they take" in report["note"]
+    assert "No kernel here computes in fewer than 8 bits" in report["note"]
     report = deployment_report(network, {}, bops_g=1.25, latency_ms={"int8": 3.00049})
     assert (report["bops_g"], report["latency_ms"]) == (1.25, {"int8": 3.0})
     assert processor() in report["latency_of"]
