@@ -252,12 +252,12 @@ def test_quantizers_that_are_attached_but_off_change_nothing():
     settings = ReconstructionSettings(steps=20, batch_size=16)
     _, expected = run(plain, 3, settings)
     attach_quantizers(attached, expected, weight_scale="fixed")
-    _, found = run(attached, 3, settings)
+    trace, found = run(attached, 3, settings)
     same(found, expected)
     assert torch.equal(attached(images(4)), plain(images(4)))
     set_bits(attached, {"conv": 2, "head": 2}, {"head": 8})
     with pytest.raises(ValueError, match=r"2 layers are quantized already \(conv, head\)"):
-        run(attached, 3, settings)
+        reconstruct(attached, trace, images(16), {"conv": 3}, settings)
 
 
 def test_batches_are_a_function_of_seed_unit_and_step():
