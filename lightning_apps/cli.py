@@ -337,7 +337,11 @@ class AppCLI(LightningCLI):
         config = dict(config)
         output = str(self.run_folder.output)
         config["default_root_dir"] = config.get("default_root_dir") or output
-        quiet = config.get("fast_dev_run") or config.get("barebones") or self.subcommand in ("export", "features")
+        quiet = (
+            config.get("fast_dev_run")
+            or config.get("barebones")
+            or self.subcommand in ("export", "features", "allocate", "sweep")
+        )
         config["logger"] = False if quiet else choose_loggers(config.get("logger"), self.run_folder)
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]

@@ -23,7 +23,7 @@ APP = App(
     },
     writers={"masks": SemanticSegmentation},
     facts=("num_classes", "class_names", "image_size", "in_channels", "main_metric", "mean", "std", "palette"),
-    subcommands=("features",),
+    subcommands=("allocate", "sweep", "features"),
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with the two further commands all apps have: `export` and `features`."""
+"""Lightning's Trainer with further commands: `export`, `features`, `allocate` and `sweep`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +30,12 @@ class FeatureExtraction(LightningModule):
         return {"features": self.module.extract_features(batch.images), "labels": batch.labels, "index": batch.index}
 
 
-def load_weights(model: LightningModule, ckpt_path: str | None, weights_only: bool | None = None) -> None:
+def load_weights(
+    trainer: Trainer, model: LightningModule, ckpt_path: str | None, weights_only: bool | None = None
+) -> None:
     """Load the weights of a checkpoint, as Lightning does before it evaluates.
+
+    Callbacks that add parameters add them first.
 
     Raises:
         UserError: No checkpoint was given, or it does not fit the model.
@@ -39,6 +43,9 @@ def load_weights(model: LightningModule, ckpt_path: str | None, weights_only: bo
     if ckpt_path is None:
         raise UserError("this command needs trained weights: give --ckpt_path FILE, last or best")
     checkpoint = read_checkpoint(Path(ckpt_path), weights_only is not False)
+    for callback in trainer.callbacks:
+        if getattr(callback, "adds_parameters", False):
+            callback.setup(trainer, model, "predict")
     model.on_load_checkpoint(checkpoint)
     try:
         model.load_state_dict(checkpoint["state_dict"])
@@ -80,7 +87,7 @@ def pictures(datamodule: LightningDataModule | None, count: int) -> Tensor:
 
 
 class AppTrainer(Trainer):
-    """Lightning's Trainer, with defaults of the suite and the commands `export` and `features`.
+    """Lightning's Trainer, with defaults of the suite and further commands.
 
     Args:
         logger: None or true for W&B beside `metrics.csv`, false for none, `wandb`, `csv`, `tensorboard` or a list of
@@ -137,7 +144,7 @@ class AppTrainer(Trainer):
         """
         if not hasattr(model, "deployable_network"):
             raise UserError(f"{type(model).__name__} offers no deployable_network() to export")
-        load_weights(model, ckpt_path, weights_only)
+        load_weights(self, model, ckpt_path, weights_only)
         formats = formats or ["onnx", "safetensors"]
         network = model.deployable_network()
         check_quantized_formats(network, formats)
@@ -185,7 +192,7 @@ class AppTrainer(Trainer):
         folder = Path(output or self.default_root_dir)
         writers = [callback for callback in self.callbacks if isinstance(callback, PredictionWriter)]
         self.callbacks = [callback for callback in self.callbacks if callback not in writers]
-        load_weights(model, ckpt_path, weights_only)
+        load_weights(self, model, ckpt_path, weights_only)
         extraction = FeatureExtraction(model)
         written = []
         for split in splits or ["train", "val", "test"]:
@@ -197,3 +204,63 @@ class AppTrainer(Trainer):
             self.callbacks.remove(writer)
             written.append(target)
         return written
+
+    def allocate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Path]:
+        """Choose bits for a trained network, and write them and a table of its layers; nothing is trained.
+
+        Args:
+            model: A module with weights in `ckpt_path` or `init_from`.
+            datamodule: The data, for calibration pictures.
+            ckpt_path: Checkpoint with the weights.
+            output: Folder to write to; by default that of the run.
+            weights_only: False to load a checkpoint that holds more than tensors and plain values.
+
+        Returns:
+            `bits.yaml` and `layers.csv`.
+
+        Raises:
+            UserError: No weights, or no `callbacks.allocation`.
+        """
+        from lightning_apps.quantization_commands import allocate, start
+
+        start(self, model, datamodule, ckpt_path, weights_only)
+        return allocate(self, model, Path(output or self.default_root_dir))
+
+    def sweep(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        budgets: list[float] = (3.0, 4.0, 5.0, 6.0, 8.0),
+        output: str | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any]:
+        """Evaluate a trained network at several sizes, with bits by the score, by controls and uniform ones.
+
+        Weights are rounded to nearest; nothing is trained.
+
+        Args:
+            model: A module with weights in `ckpt_path` or `init_from`.
+            datamodule: The data; its validation part is evaluated.
+            ckpt_path: Checkpoint with the weights.
+            budgets: Means of bits over all parameters.
+            output: Folder to write `sweep.csv` and `sweep.png` to; by default that of the run.
+            weights_only: False to load a checkpoint that holds more than tensors and plain values.
+
+        Returns:
+            The rows of `sweep.csv`.
+
+        Raises:
+            UserError: No weights, no `callbacks.allocation`, or no `val/main`.
+        """
+        from lightning_apps.quantization_commands import start, sweep
+
+        start(self, model, datamodule, ckpt_path, weights_only)
+        return sweep(self, model, datamodule, budgets, Path(output or self.default_root_dir))
