@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-WIDTHS = (512, 8192)
+WIDTHS = (512, 8192, 65536)
+HOPELESS = 24
+"""Power of ten of the choices that two budgets leave, beyond which a wider pass was never seen to finish."""
+ROOM_SCALE = 1e3
+HALVINGS = 60
 RELATIVE = 1e-12
 
 
@@ -53,7 +57,7 @@ def choose_bits(layers: Sequence[Choices], budgets: Integers) -> Found:
 
     Layers with the same cost are interchangeable and are merged to one choice of their sum of bits. A dynamic programme
     over the merged layers then keeps states whose Lagrangian bound can still beat the best solution; if it has to drop
-    states, HiGHS solves the programme as it stands, with its own tolerances (1e-6), and the better answer counts.
+    states, HiGHS looks through the choices that can, to within its tolerances (1e-6 of what could still be gained).
 
     Args:
         layers: each with at least one number of bits.
@@ -71,22 +75,15 @@ def choose_bits(layers: Sequence[Choices], budgets: Integers) -> Found:
         members.setdefault(tuple(layer.cost.tolist()), []).append(index)
     merged = [_Merged([layers[index] for index in own]) for own in members.values()]
     programme = _Programme([one.choices for one in merged], budgets)
-    picked = programme.search()
-    bits = np.zeros(len(layers), dtype=np.int64)
-    if picked is not None:
-        for own, one, pick in zip(members.values(), merged, picked, strict=True):
-            bits[own] = one.split(pick)
-    if programme.proven:
-        return Found(bits, "dynamic programme")
-    other = _by_highs(layers, budgets)
-    found = [one for one in (bits if picked is not None else None, other) if one is not None]
-    if not found:
+    picked, proof = programme.search(), "dynamic programme"
+    if not programme.proven:
+        picked, proof = programme.search_by_highs() or picked, "HiGHS"
+    if picked is None:
         raise RuntimeError("HiGHS found no solution of an integer programme that has one")
-    return Found(max(found, key=lambda one: _value(layers, one)), "HiGHS")
-
-
-def _value(layers: Sequence[Choices], bits: Integers) -> float:
-    return float(sum(layer.values[layer.bits == own][0] for layer, own in zip(layers, bits, strict=True)))
+    bits = np.zeros(len(layers), dtype=np.int64)
+    for own, one, pick in zip(members.values(), merged, picked, strict=True):
+        bits[own] = one.split(pick)
+    return Found(bits, proof)
 
 
 class _Merged:
@@ -145,9 +142,37 @@ class _Programme:
         best = None
         for width in WIDTHS:
             best = self._pass(width) or best
-            if self.proven:
+            kept = [max(int((own <= self.least_loss).sum()), 1) for own in self.losses]
+            if self.proven or (len(self.room) > 1 and np.log10(kept).sum() > HOPELESS):
                 break
         return best
+
+    def search_by_highs(self) -> list[int] | None:
+        """The same by HiGHS, among what can beat the best that is known; None if nothing does."""
+        kept = [np.flatnonzero(own < self.least_loss) for own in self.losses]
+        if not all(len(own) for own in kept):
+            return None
+        losses = np.concatenate([own[some] for own, some in zip(self.losses, kept, strict=True)])
+        used = np.concatenate([own[some] for own, some in zip(self.weights, kept, strict=True)])
+        unit = self.least_loss if np.isfinite(self.least_loss) else losses.max() or 1.0
+        scale = np.maximum(self.room, 1) / ROOM_SCALE
+        result = milp(
+            (losses - used @ self.prices) / unit,
+            constraints=[
+                LinearConstraint(_one_each([len(own) for own in kept]), 1, 1),
+                LinearConstraint((used / scale).T, -np.inf, self.room / scale),
+            ],
+            integrality=np.ones(len(losses)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0},
+        )
+        if result.x is None:
+            return None
+        parts = np.split(result.x, np.cumsum([len(own) for own in kept])[:-1])
+        picked = [int(own[part.argmax()]) for own, part in zip(kept, parts, strict=True)]
+        left = self.room - sum(own[pick] for own, pick in zip(self.weights, picked, strict=True))
+        loss = sum(own[pick] for own, pick in zip(self.losses, picked, strict=True)) + left @ self.prices
+        return picked if (left >= 0).all() and loss < self.least_loss else None
 
     def _pass(self, width: int) -> list[int] | None:
         """One pass that keeps at most so many states; None if it finds nothing better than is known."""
@@ -202,6 +227,8 @@ class _Programme:
 
 def _prices(values: Sequence[Floats], weights: Sequence[Integers], room: Integers) -> Floats:
     """Multipliers of the linear relaxation; any that are not negative give a bound, these give the tightest."""
+    if len(room) == 1:
+        return np.array([_price(values, [own[:, 0] for own in weights], int(room[0]))])
     scale = np.maximum(room, 1).astype(np.float64)
     worth = max(np.abs(own - own.max()).max() for own in values) or 1.0
     result = linprog(
@@ -215,54 +242,25 @@ def _prices(values: Sequence[Floats], weights: Sequence[Integers], room: Integer
     return np.maximum(-result.ineqlin.marginals, 0) * worth / scale if result.success else np.zeros(len(room))
 
 
-def _by_highs(layers: Sequence[Choices], budgets: Integers) -> Integers | None:
-    """The programme as it stands: an integer per layer where values are linear in bits, a binary per choice elsewhere.
+def _price(values: Sequence[Floats], weights: Sequence[Integers], room: int) -> float:
+    """The least multiplier of one budget at which the best choices are within it, by halving."""
+    shape = (len(values), max(len(own) for own in values))
+    worth, used = np.full(shape, -np.inf), np.zeros(shape, dtype=np.int64)
+    for row, own in enumerate(values):
+        worth[row, : len(own)], used[row, : len(own)] = own, weights[row]
 
-    Returns:
-        (L,) bits, or None if what HiGHS gives is not within the budgets.
-    """
-    room = budgets - sum(layer.bits[0] * layer.cost for layer in layers)
-    unit = np.maximum(np.gcd.reduce([layer.cost for layer in layers]), 1)
-    costs = np.stack([layer.cost // unit for layer in layers])
-    linear = all(layer.is_linear for layer in layers)
-    result = (_integers if linear else _binaries)(layers, costs, room // unit)
-    if result.x is None:
-        return None
-    if linear:
-        bits = np.array([layer.bits[0] for layer in layers]) + np.rint(result.x).astype(np.int64)
-    else:
-        parts = np.split(result.x, np.cumsum([len(layer.bits) for layer in layers])[:-1])
-        bits = np.array([layer.bits[part.argmax()] for layer, part in zip(layers, parts, strict=True)])
-    within = sum(own * layer.cost for layer, own in zip(layers, bits, strict=True)) <= budgets
-    return bits if within.all() else None
+    def needed(price: float) -> int:
+        return int(np.take_along_axis(used, (worth - price * used).argmax(1)[:, None], 1).sum())
 
-
-def _integers(layers: Sequence[Choices], costs: Integers, room: Integers) -> OptimizeResult:
-    slopes = np.array([layer.values[-1] - layer.values[0] for layer in layers])
-    spans = np.array([len(layer.bits) - 1 for layer in layers])
-    slopes = slopes / np.maximum(spans, 1)
-    return milp(
-        -slopes / (np.abs(slopes).max() or 1.0) * 1e3,
-        constraints=LinearConstraint(costs.T, -np.inf, room),
-        integrality=np.ones(len(layers)),
-        bounds=Bounds(0, spans),
-        options={"mip_rel_gap": 0},
-    )
-
-
-def _binaries(layers: Sequence[Choices], costs: Integers, room: Integers) -> OptimizeResult:
-    losses = np.concatenate([layer.values.max() - layer.values for layer in layers])
-    used = np.concatenate(
-        [(layer.bits - layer.bits[0])[:, None] * cost for layer, cost in zip(layers, costs, strict=True)]
-    )
-    one_each = LinearConstraint(_one_each([len(layer.bits) for layer in layers]), 1, 1)
-    return milp(
-        losses / (losses.max() or 1.0) * 1e3,
-        constraints=[one_each, LinearConstraint(used.T, -np.inf, room)],
-        integrality=np.ones(len(losses)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0},
-    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slopes = (worth - worth[:, :1]) / used
+    low, high = 0.0, max(slopes[used > 0].max(initial=0.0), 0.0)
+    if needed(low) <= room:
+        return low
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if needed(middle) > room else (low, middle)
+    return high
 
 
 def _one_each(sizes: Sequence[int]) -> csr_array:
