@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 PARTS = ("train", "val", "test")
+SHOWN = 5
 
 
 def stratified_split(labels: np.ndarray, val: float, test: float, seed: int) -> dict[str, np.ndarray]:
@@ -169,7 +170,8 @@ def check_classes(labels: Mapping[str, np.ndarray], class_names: Sequence[str]) 
     for part in ("val", "test"):
         unseen = sorted(set(labels.get(part, np.empty(0, np.int64)).tolist()) - known - {-1})
         if unseen:
-            names = ", ".join(class_names[label] for label in unseen)
+            names = ", ".join(class_names[label] for label in unseen[:SHOWN])
+            names += f", and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else ""
             raise ValueError(
                 f"split '{part}' has images of {len(unseen)} class(es) without any training image: {names}; "
                 "add training images or take these classes out"

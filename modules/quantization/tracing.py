@@ -317,21 +317,31 @@ def _partners(
     ends: dict[str, tuple[str | None, _Event]],
     events: list[_Event],
 ) -> dict[str, str]:
-    """Convolutions in shortcuts: they read the block's input, and what they give goes to no other layer."""
+    """Convolutions in shortcuts: they read the block's input, pooled or not, and no other layer reads what they give."""
     if len(unit.layers) < 2 or not unit.simple:
         return {}
     first, *others = unit.layers
     read = {id(tensor) for event in events for tensor in event.inputs if event.name in calls}
-    entrance = calls[first][0].inputs[0]
+    entrances = _untouched(calls[first][0].inputs[0], events[: events.index(call)])
     shortcuts = [
         name
         for name in others
-        if calls[name][0].inputs[0] is entrance
+        if any(calls[name][0].inputs[0] is entrance for entrance in entrances)
         and id(ends[name][1].output) not in read
         and ends[name][1].output.shape == getattr(call.output, "shape", None)
     ]
     main = [name for name in unit.layers if name not in shortcuts]
     return dict.fromkeys(shortcuts, main[-1])
+
+
+def _untouched(entrance: Tensor, events: list[_Event]) -> list[Tensor]:
+    """A tensor, and what modules without weights other than activations, such as pooling, make of it."""
+    found = [entrance]
+    for event in events:
+        plain = next(event.module.parameters(), None) is None and not is_activation(event.module)
+        if plain and event.inputs and any(event.inputs[0] is tensor for tensor in found):
+            found.append(event.output)
+    return found
 
 
 def _describe(layer: _Event, norm: str | None, tap: Tap, unit: str, partner: str | None) -> TracedLayer:

@@ -152,3 +152,10 @@ def test_a_block_with_two_inputs_is_not_simple():
 
     trace = traced(Steps(lambda layers, x: layers["pair"](x, x), pair=Pair()))
     assert [(unit.name, unit.simple) for unit in trace.units] == [("layers.pair", False)]
+
+
+def test_shortcuts_that_pool_first_share_bits_too():
+    trace = traced(timm.create_model("resnet18d", num_classes=4))
+    assert [layer.partner for layer in trace.layers if "downsample" in layer.name] == [
+        f"layer{stage}.0.conv2" for stage in (2, 3, 4)
+    ]
