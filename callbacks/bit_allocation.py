@@ -1,6 +1,7 @@
 """Mixed precision for any network in training: how many bits each layer gets, and the quantizers that apply them."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from callbacks.media import Media
 from modules.quantization.allocation import Allocation, Rounding, allocate
@@ -60,7 +62,8 @@ class BitAllocation(Callback):
         bits: numbers of bits that a layer's weight may get.
         layer_bits: pattern of layer names -> numbers of bits for these.
         first_last_bits: of the first and the last layer; null to choose them like the others.
-        activation_bits: of the inputs of layers; null to leave them as they are.
+        activation_bits: of the inputs of layers, and at least ``first_last_bits`` for those of the first and the last;
+            null to leave inputs as they are.
         size_budget: in MiB, for weights, biases and norms.
         mean_bits: the size budget as a mean over all parameters.
         bops_budget: in 10^9 bit operations per picture.
@@ -235,7 +238,7 @@ class BitAllocation(Callback):
             self.candidates(measured.trace),
             size_budget=size_budget or self._size_budget(measured.costs),
             bops_budget=self.bops_budget,
-            activation_bits=self.activation_bits or FLOAT_BITS,
+            activation_bits=self.input_bits(measured.trace),
             rounding=self.rounding,
             provenance={"score": type(self.score).__name__, "pictures": self.pictures},
         )
@@ -250,6 +253,13 @@ class BitAllocation(Callback):
         names = measured.trace.names
         inputs = dict.fromkeys(names, self.activation_bits or FLOAT_BITS)
         return Allocation(dict.fromkeys(names, check_bits(bits)), inputs, dict(measured.costs))
+
+    def input_bits(self, trace: NetworkTrace) -> dict[str, int]:
+        """Bits of each layer's input; those of the first and the last layer are not below their weights'."""
+        found = dict.fromkeys(trace.names, self.activation_bits or FLOAT_BITS)
+        if self.activation_bits is not None and self.first_last_bits is not None:
+            found |= dict.fromkeys(first_and_last(trace), max(self.activation_bits, self.first_last_bits))
+        return found
 
     def apply(self, pl_module: LightningModule, allocation: Allocation) -> None:
         """Let the quantizers of all networks use an allocation.
@@ -295,10 +305,11 @@ class BitAllocation(Callback):
         allocation: Allocation,
         values: ValueTable,
     ) -> None:
-        path = Path(trainer.default_root_dir) / FILE
+        path, written = Path(trainer.default_root_dir) / FILE, ""
         if not trainer.fast_dev_run:
             allocation.save(path)
-        rank_zero_info(f"bits of {len(allocation.weight_bits)} layers: {allocation.summary()}; written to {path}")
+            written = f"; written to {path}"
+        rank_zero_info(f"bits of {len(allocation.weight_bits)} layers: {allocation.summary()}{written}")
         media = Media(trainer)
         controls = {} if self.file is not None else self._controls(measured)
         table = layer_table(measured, allocation, values, controls)
@@ -342,16 +353,30 @@ def calibration_batches(trainer: Trainer, pl_module: LightningModule, count: int
         pl_module: the module that the batches are for.
         count: images in all.
     """
-    data = getattr(trainer, "datamodule", None)
-    own = getattr(data, "calibration_dataloader", None)
-    loader = own(count) if own is not None else trainer.train_dataloader
+    own = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", None)
     left = count if own is not None else -(-count // trainer.world_size)
-    combined = isinstance(loader, CombinedLoader)
-    for batch in (found[0] for found in loader) if combined else loader:
+    for batch in own(count) if own is not None else _training_loader(trainer):
         yield trainer.strategy.batch_to_device(batch, pl_module.device)
         left -= len(images_of(batch))
         if left <= 0:
             return
+
+
+def _training_loader(trainer: Trainer) -> Iterable[Any]:
+    """The loader of training pictures; of several the labelled one, or the first. Training's own iterator goes on."""
+    loader = trainer.train_dataloader
+    if loader is None:  # outside of fit
+        loader = trainer.datamodule.train_dataloader()
+    if isinstance(loader, CombinedLoader):
+        loader = loader.iterables
+    if isinstance(loader, Mapping):
+        loader = loader.get("labeled", next(iter(loader.values())))
+    elif isinstance(loader, (list, tuple)):
+        loader = loader[0]
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)  # which would otherwise have one iterator for all, and start it anew
+        loader._iterator = None
+    return loader
 
 
 def first_and_last(trace: NetworkTrace) -> tuple[str, str]:

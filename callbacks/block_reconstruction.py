@@ -37,8 +37,8 @@ class BlockReconstruction(Callback):
 
     Args:
         network: attribute path of the network in the module.
-        steps: of the optimizer for each block; 20,000 in the paper, a few hundred with the larger rate on a CPU.
-        learning_rate: of Adam on the roundings; 1e-3 in the paper.
+        steps: of the optimizer for each block; 20,000 in the paper.
+        learning_rate: of Adam on the roundings; 1e-3 in the paper, too small for a few hundred steps.
         batch_size: pictures in a step.
         regulariser: weight lambda of the push towards integers; 0.01, and 0.1 for MobileNetV2.
         symmetric: signed integers without zero points, as fast integer kernels need them; false for BRECQ's.
@@ -59,9 +59,9 @@ class BlockReconstruction(Callback):
         self,
         network: str = "network",
         steps: int = 300,
-        learning_rate: float = 1e-2,
+        learning_rate: float = 3e-2,
         batch_size: int = 32,
-        regulariser: float = 0.01,
+        regulariser: float = 0.1,
         symmetric: bool = True,
         nearest: list[str] = (),
         pictures: int = 256,

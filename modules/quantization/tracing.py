@@ -317,7 +317,7 @@ def _partners(
     ends: dict[str, tuple[str | None, _Event]],
     events: list[_Event],
 ) -> dict[str, str]:
-    """Convolutions in shortcuts: they read the block's input, pooled or not, and no other layer reads what they give."""
+    """Convolutions in shortcuts: they read the block's input, pooled or not, and give to no other layer."""
     if len(unit.layers) < 2 or not unit.simple:
         return {}
     first, *others = unit.layers
