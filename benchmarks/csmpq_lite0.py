@@ -5,7 +5,8 @@
 
 FOLDER holds ImageNet pictures as `<wnid>/*`, all classes. Every second one, in the order of names, is evaluated, the
 others calibrate. Weights only, rounded to nearest on symmetric grids per channel of the least squared error, unless a
-row says otherwise; inputs in float. A row that is finished is a file in `<out>/rows`; the same command goes on with the rest.
+row says otherwise; inputs in float. A row that is finished is a file in `<out>/rows`; the same command goes on with
+the rest.
 """
 
 import argparse

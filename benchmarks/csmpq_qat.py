@@ -1,0 +1,108 @@
+"""What mixed precision is worth in training: EMO-1M on ten classes of Tiny ImageNet, beside float and uniform bits.
+
+    python -m benchmarks.csmpq_qat --root FOLDER --out results/qat
+
+FOLDER holds {train,val}/<class>/*. For each seed a float network is trained (`emo/tiny_imagenet_10.yaml`), and each
+variant goes on from it (`csmpq/tiny_imagenet_10.yaml`). Accuracies are those of the last epoch. A finished run is a
+line of `<out>/results.csv`; the same command goes on with the rest.
+"""
+
+import argparse
+import csv
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+VARIANTS = {
+    "mixed": [],
+    "equal": ["--callbacks.allocation.score", "modules.quantization.scores.Equal"],
+    "uniform": ["--config", "csmpq/uniform.yaml"],
+}
+COLUMNS = ["seed", "variant", "accuracy", "size_mib", "cpu_seconds"]
+
+
+def train(options: argparse.Namespace, seed: int, variant: str) -> dict[str, str]:
+    """One run; returns a line of the table."""
+    app, name = ("emo" if variant == "float" else "csmpq"), f"{seed}-{variant}"
+    command = [sys.executable, "-m", f"lightning_apps.{app}", "fit", "--config", f"{app}/tiny_imagenet_10.yaml"]
+    if variant != "float":
+        weights = options.out / "runs/emo" / f"{seed}-float" / "checkpoints/last.ckpt"
+        command += [*VARIANTS[variant], "--model.init_from", str(weights)]
+    command += ["--data.root", options.root, "--seed_everything", str(seed)]
+    command += ["--run.root", str(options.out / "runs"), "--run.name", name]
+    command += ["--trainer.logger", "csv", "--trainer.enable_progress_bar", "false"]
+    if variant == "float":
+        command += ["--callbacks.averaging", "null"]  # the weights that are trained on are not averaged ones
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with (options.out / f"{name}.log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    metrics = options.out / "runs" / app / name / "metrics.csv"
+    size = last(metrics, "quantization/size_mib") if variant != "float" else ""
+    return {
+        key: str(value)
+        for key, value in zip(COLUMNS, (seed, variant, last(metrics, "val/acc"), size, round(seconds)), strict=True)
+    }
+
+
+def last(path: Path, name: str) -> float:
+    """The last value of a metric."""
+    with path.open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)][-1]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Results so far."""
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def summarise(results: list[dict[str, str]]) -> str:
+    """Markdown: accuracy by variant and seed, with mean and spread."""
+    seeds = sorted({int(row["seed"]) for row in results})
+    lines = [
+        f"| | MiB | {' | '.join(f'seed {seed}' for seed in seeds)} | mean ± std |",
+        "| --- " * (len(seeds) + 3) + "|",
+    ]
+    for variant in ("float", *VARIANTS):
+        own = {int(row["seed"]): row for row in results if row["variant"] == variant}
+        if not own:
+            continue
+        values = [100 * float(own[seed]["accuracy"]) for seed in seeds if seed in own]
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        size = next(iter(own.values()))["size_mib"]
+        cells = [f"{100 * float(own[seed]['accuracy']):.1f}" if seed in own else "" for seed in seeds]
+        told = f"{float(size):.3f}" if size else ""
+        lines.append(f"| {variant} | {told} | {' | '.join(cells)} | {statistics.mean(values):.1f} ± {spread:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Fill the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    options.root, options.out = str(Path(options.root).absolute()), options.out.absolute()
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = options.out / "results.csv"
+    for seed in options.seeds:
+        for variant in ("float", *VARIANTS):
+            if (str(seed), variant) in {(row["seed"], row["variant"]) for row in read(table)}:
+                continue
+            result = train(options, seed, variant)
+            new = not table.exists()
+            with table.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if new:
+                    writer.writeheader()
+                writer.writerow(result)
+            print(result, flush=True)
+    print(summarise(read(table)))
+
+
+if __name__ == "__main__":
+    main()
