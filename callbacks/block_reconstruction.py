@@ -13,18 +13,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from callbacks.atomic_files import atomic_bytes
 from callbacks.bit_allocation import calibration_batches, network_of
 from callbacks.media import Media
+from modules.quantization.activation_streams import float_weights
 from modules.quantization.attachment import float_weight, input_quantizers, set_bits, weight_quantizers
 from modules.quantization.features import images_of
 from modules.quantization.quantizers import QuantizedWeight
 from modules.quantization.reconstruction import Progress, ReconstructionSettings, UnitResult, reconstruct
-from modules.quantization.tracing import layer_names, trace_network
+from modules.quantization.step_sizes import StepSettings, initial_steps, learn_steps
+from modules.quantization.tracing import NetworkTrace, layer_names, trace_network
 
 FOLDER = "reconstruction"
+RANGE_IMAGES = 64
 PARTS = ("integers", "scale", "zero_point")
 
 
@@ -43,13 +46,15 @@ class BlockReconstruction(Callback):
         regulariser: weight lambda of the push towards integers; 0.01, and 0.1 for MobileNetV2.
         symmetric: signed integers without zero points, as fast integer kernels need them; false for BRECQ's.
         nearest: names of layers that are rounded to nearest (BRECQ: the first one).
+        activation_steps: of the optimizer that learns the ranges of inputs after the weights; 5,000 in the paper.
+            With 0 they are the extremes that training batches show.
         pictures: how many calibration pictures, over all processes.
         cache: type in which activations are kept: float32, or float16 for half the memory.
         folder: for finished blocks; null for ``reconstruction`` in the run's folder.
         seed: of the batches.
 
     Raises:
-        ValueError: for quantizers that take their scale from the weights, and where
+        ValueError: for fewer pictures than a batch, for quantizers that take their scale from the weights, and where
             :func:`modules.quantization.reconstruction.reconstruct` does.
 
     Source: Li et al., BRECQ (2021); Nagel et al., AdaRound (2020).
@@ -64,6 +69,7 @@ class BlockReconstruction(Callback):
         regulariser: float = 0.1,
         symmetric: bool = True,
         nearest: list[str] = (),
+        activation_steps: int = 0,
         pictures: int = 256,
         cache: str = "float32",
         folder: str | None = None,
@@ -81,6 +87,7 @@ class BlockReconstruction(Callback):
             cache=cache,
             seed=seed,
         )
+        self.steps = StepSettings(steps=activation_steps, batch_size=batch_size, cache=cache, seed=seed)
         if pictures < batch_size:
             raise ValueError(f"pictures: {pictures} calibration pictures are fewer than batch_size: {batch_size}")
         self.done = False
@@ -105,6 +112,7 @@ class BlockReconstruction(Callback):
             )
         images = torch.cat([images_of(batch) for batch in calibration_batches(trainer, pl_module, self.pictures)])
         bits = {name: one.width for name, one in quantizers.items() if one.width}
+        inputs = {name: one.width for name, one in input_quantizers(network).items() if one.width}
         files = _FinishedUnits(
             Path(self.folder or Path(trainer.default_root_dir) / FOLDER),
             _fingerprint(network, bits, self.settings),
@@ -119,12 +127,30 @@ class BlockReconstruction(Callback):
         with _passive(network), _bar(trainer) as show:
             others = [name for name in layer_names(network) if name not in quantizers]
             trace = trace_network(network, images[:2], others)
+            before = float_weights(network, trace) if self.steps.steps else {}
             weights = reconstruct(network, trace, images, bits, self.settings, show, files.read(), keep)
+            if self.steps.steps:
+                self._learn_ranges(network, trace, images, inputs, before, show)
         for name, weight in weights.items():
             quantizers[name].set_scale(weight.scale, weight.zero_point, signed=self.settings.symmetric)
         self.done = True
         self._report(trainer, found)
         return found
+
+    def _learn_ranges(
+        self,
+        network: nn.Module,
+        trace: NetworkTrace,
+        images: Tensor,
+        bits: dict[str, int],
+        before: dict[str, Tensor],
+        show: Callable[[Progress], None] | None,
+    ) -> None:
+        steps = initial_steps(network, trace, images[:RANGE_IMAGES], bits)
+        learn_steps(network, trace, images, steps, before, self.steps, show)
+        quantizers = input_quantizers(network)
+        for name, step in steps.items():
+            quantizers[name].set_range(*step.range())
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the weights are rounded already; the rounded ones are those of the module."""

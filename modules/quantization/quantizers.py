@@ -198,17 +198,29 @@ class InputQuantizer(Quantizer):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: {momentum} is outside [0, 1]")
         self.scheme, self.momentum = scheme, momentum
-        self.frozen = False
+        self._known_fixed: bool | None = False
+        self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether batches no longer move the range."""
+        if self._known_fixed is None:
+            self._known_fixed = bool(self.fixed)
+        return self._known_fixed
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._known_fixed = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The input as its integers stand for it."""
         bits = self.width
         if not bits:
             return inputs
-        if self.training and not self.frozen:
+        if self.training and not self.is_fixed:
             self.observe(inputs)
         scale, zero_point, signed = self.grid()
         numbers = round_through(inputs / scale.to(inputs) + zero_point.to(inputs))
@@ -242,7 +254,8 @@ class InputQuantizer(Quantizer):
         self.low.fill_(low)
         self.high.fill_(high)
         self.batches.clamp_(min=1)
-        self.frozen = True
+        self.fixed.fill_(True)
+        self._known_fixed = True
 
     def grid(self) -> tuple[Tensor, Tensor, bool]:
         """Scale, zero point, and whether integers are signed.
