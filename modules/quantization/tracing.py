@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modules.quantization.quantizers import Quantizer
+
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MAX_UNIT_LAYERS = 8
@@ -212,23 +214,26 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 def _watch(network: nn.Module, images: Tensor) -> list[_Event]:
     events: list[_Event] = []
-    open_calls: list[tuple[nn.Module, int]] = []
+    open_calls: list[tuple[tuple[Tensor, ...], int]] = []
     counts: dict[str, int] = {}
 
     def enter(module: nn.Module, inputs: tuple) -> None:
-        open_calls.append((module, len(events)))
+        open_calls.append((tuple(value for value in inputs if isinstance(value, Tensor)), len(events)))
 
     def leave(module: nn.Module, inputs: tuple, output: Any) -> None:
-        start = open_calls.pop()[1]
+        tensors, start = open_calls.pop()
         name = names[module]
-        tensors = tuple(value for value in inputs if isinstance(value, Tensor))
         events.append(_Event(name, counts.get(name, 0), module, tensors, output, start))
         counts[name] = counts.get(name, 0) + 1
 
-    names = {module: name for name, module in network.named_modules() if "parametrizations" not in name.split(".")}
+    names = {
+        module: name
+        for name, module in network.named_modules()
+        if "parametrizations" not in name.split(".") and not isinstance(module, Quantizer)
+    }
     handles = []
     for module in names:
-        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))  # before its input is quantized
         handles.append(module.register_forward_hook(leave))
     try:
         with evaluating(network):
