@@ -74,16 +74,15 @@ def ranges(network: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def check_levels(network: nn.Module, bits: dict[str, int]) -> None:
-    """Each channel has few values, evenly spaced from zero, and those of the largest magnitude, by a plain loop."""
+    """Weights are whole multiples of a step that the largest of each channel gives, and so of few values."""
     for name, number in bits.items():
         layer, most = network.get_submodule(name), 2 ** (number - 1) - 1
-        original = layer.parametrizations.weight.original.detach()
-        for channel, weight in enumerate(layer.weight.detach()):
-            step = original[channel].abs().max() / most
-            levels = set((weight / step).round().unique().tolist())
-            assert levels <= set(range(-most, most + 1)), f"{name}: {number} bits"
-            assert most in levels or -most in levels
-            torch.testing.assert_close(weight, (original[channel] / step).round() * step)
+        original = layer.parametrizations.weight.original.detach().flatten(1)
+        step = original.abs().amax(1, keepdim=True) / most
+        levels = (layer.weight.detach().flatten(1) / step).round()
+        assert set(levels.unique().tolist()) <= set(range(-most, most + 1)), f"{name}: {number} bits"
+        assert (levels.abs().amax(1) == most).all()
+        torch.testing.assert_close(layer.weight.detach().flatten(1), (original / step).round() * step)
 
 
 def check_budget(network: nn.Module, file: Path, mean_bits: float) -> None:
