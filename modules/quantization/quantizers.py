@@ -116,6 +116,8 @@ class WeightQuantizer(Quantizer):
         """The weight as its integers stand for it."""
         bits = self.width
         if not bits:
+            if self.kind == "learned" and self.training:  # DDP waits for the gradient of every parameter
+                return weight + 0 * _along_channels(self.scale, weight)
             return weight
         scale, zero_point = self._scale(weight, bits)
         low, high = integer_range(bits, self._is_signed())

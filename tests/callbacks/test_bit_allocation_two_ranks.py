@@ -24,14 +24,16 @@ def batches(count=6):
 
 def train(folder, options, items, **trainer_options):
     module = Classifier(lr=0.02, momentum=0.0)
-    trainer = quiet_trainer(folder, max_epochs=1, callbacks=[allocation(**options)], **trainer_options)
+    trainer = quiet_trainer(folder, callbacks=[allocation(**options)], **{"max_epochs": 1, **trainer_options})
     trainer.fit(module, DataLoader(items, batch_size=None))
     weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     return weights, weight_bits(module.model), input_bits(module.model), ranges(module.model)
 
 
 def on_a_rank(rank, folder):
-    return {name: train(folder, options, batches()[rank::2], **TWO_RANKS) for name, options in SETTINGS.items()}
+    found = {name: train(folder, options, batches()[rank::2], **TWO_RANKS) for name, options in SETTINGS.items()}
+    late = {"begin_epoch": 1, "weight_scale": "learned", "pictures": 16}
+    return found | {"late": train(folder, late, batches(2)[rank::2], max_epochs=2, **TWO_RANKS)}
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,10 @@ def test_two_ranks_equal_one_process_with_two_accumulated_batches(ranks, tmp_pat
         assert own == bits
         for key, value in expected.items():
             assert torch.allclose(weights[key], value, atol=1e-5), key
+
+
+def test_scales_that_wait_for_their_epoch_do_not_stop_two_ranks(ranks):
+    (weights, *first), (others, *second) = (rank["late"] for rank in ranks)
+    assert first == second
+    assert all(first[0].values())
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
