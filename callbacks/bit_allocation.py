@@ -1,6 +1,7 @@
 """Mixed precision for any network in training: how many bits each layer gets, and the quantizers that apply them."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,8 +22,8 @@ from modules.quantization.costs import FLOAT_BITS, LayerCost, Rule, count_costs,
 from modules.quantization.features import images_of
 from modules.quantization.quantizers import InputScheme, WeightScale, check_bits
 from modules.quantization.scale_search import search_channel_grid
-from modules.quantization.scores import Equal, Random, Score, TfIdf, ValueTable
-from modules.quantization.tracing import NetworkTrace, layer_names, trace_network
+from modules.quantization.scores import Equal, Random, Score, TfIdf, ValueTable, candidates_of, shared_candidates
+from modules.quantization.tracing import NetworkTrace, layer_names, some, trace_network
 
 FILE = "bits.yaml"
 
@@ -80,8 +81,8 @@ class BitAllocation(Callback):
         seed: of random scores.
 
     Raises:
-        ValueError: for an argument out of its range; in ``setup`` for layers that do not exist; when bits are chosen,
-            for a budget out of reach, and for layers that pictures do not reach.
+        ValueError: for an argument out of its range; in ``setup`` for layers that do not exist; before the first step,
+            for a budget out of reach, layers that pictures do not reach, and a file of another network.
 
     Source: Wang et al., "CSMPQ: Class Separability Based Mixed-Precision Quantization" (2022).
 
@@ -146,18 +147,23 @@ class BitAllocation(Callback):
                 raise ValueError(f"{field}: {getattr(self, field)} is below {least}")
         if not self.networks:
             raise ValueError("network: no name is given")
+        candidates_of(self.bits, ["bits"])
+        candidates_of(self.layer_bits, self.layer_bits)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach quantizers, before weights are restored and optimizers are built."""
         for path in self.networks:
             network = network_of(pl_module, path)
             names = layer_names(network, self.exclude)
+            self._bits_by_pattern(names)
             scheme = None if self.activation_bits is None else self.input_scheme
             attach_quantizers(network, names, self.weight_scale, scheme, self.range_momentum)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep norms frozen in a run that goes on in the middle of an epoch."""
+        """Keep norms frozen in a run that goes on in the middle of an epoch; find now what would go wrong later."""
         self._freeze(pl_module)
+        if self.chosen is None and trainer.current_epoch < self.begin_epoch:
+            self._rehearse(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose bits, once, when it is time."""
@@ -186,14 +192,19 @@ class BitAllocation(Callback):
         self._report(trainer, pl_module, measured, allocation, values)
         return allocation
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
+    def measure(self, trainer: Trainer, pl_module: LightningModule, pictures: int | None = None) -> Measured:
         """Trace and cost of the first network, and calibration pictures on its device.
+
+        Args:
+            trainer: see :meth:`run`.
+            pl_module: see :meth:`run`.
+            pictures: how many, instead of those of this callback.
 
         Raises:
             ValueError: without pictures, or for layers that they do not reach.
         """
         network = network_of(pl_module, self.networks[0])
-        batches = list(calibration_batches(trainer, pl_module, self.pictures))
+        batches = list(calibration_batches(trainer, pl_module, pictures or self.pictures))
         if not batches:
             raise ValueError("there are no calibration pictures: the loader gives no batch to this process")
         trace = trace_network(network, images_of(batches[0])[:2], self.exclude)
@@ -205,38 +216,33 @@ class BitAllocation(Callback):
         return score.values(measured.network, measured.trace, measured.batches, candidates)
 
     def candidates(self, trace: NetworkTrace) -> dict[str, list[int]]:
-        """Numbers of bits that each layer may get.
-
-        Raises:
-            ValueError: for a pattern in ``layer_bits`` that matches nothing.
-        """
-        found = {name: list(self.bits) for name in trace.names}
-        for pattern, own in self.layer_bits.items():
-            matching = [name for name in trace.names if fnmatchcase(name, pattern)]
-            if not matching:
-                raise ValueError(f"layer_bits: {pattern!r} matches none of the {len(trace.names)} layers")
-            found |= {name: list(own) for name in matching}
+        """Numbers of bits that each layer may get."""
+        found = self._bits_by_pattern(trace.names)
         if self.first_last_bits is not None:
             found |= {name: [self.first_last_bits] for name in first_and_last(trace)}
         return found
 
-    def choose(self, measured: Measured, values: ValueTable, size_budget: float | None = None) -> Allocation:
+    def choose(self, measured: Measured, values: ValueTable, mean_bits: float | None = None) -> Allocation:
         """The best allocation within the budget.
 
         Args:
             measured: see :meth:`measure`.
             values: see :meth:`score_values`.
-            size_budget: in MiB, instead of the one of this callback.
+            mean_bits: the size budget, instead of the one of this callback.
 
         Raises:
             ValueError: for a budget out of reach, with the range that is within.
         """
+        size, mean_bits = self.size_budget, mean_bits or self.mean_bits
+        if mean_bits is not None:
+            self._check_mean(measured, mean_bits)
+            size = mean_bits * size_mib(measured.costs, 1)
         return allocate(
             values,
             measured.trace,
             measured.costs,
             self.candidates(measured.trace),
-            size_budget=size_budget or self._size_budget(measured.costs),
+            size_budget=size,
             bops_budget=self.bops_budget,
             activation_bits=self.input_bits(measured.trace),
             rounding=self.rounding,
@@ -285,8 +291,36 @@ class BitAllocation(Callback):
         """Do not choose again."""
         self.chosen = state_dict["chosen"]
 
-    def _size_budget(self, costs: dict[str, LayerCost]) -> float | None:
-        return self.size_budget if self.mean_bits is None else self.mean_bits * size_mib(costs, 1)
+    def _bits_by_pattern(self, names: Sequence[str]) -> dict[str, list[int]]:
+        found = {name: list(self.bits) for name in names}
+        for pattern, own in self.layer_bits.items():
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise ValueError(f"layer_bits: {pattern!r} matches none of the {len(names)} layers ({some(names)})")
+            found |= {name: list(own) for name in matching}
+        return found
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise before the first step what would be raised in ``begin_epoch``, and leave everything as it is."""
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            measured = self.measure(trainer, pl_module, pictures=2)
+            if self.file is not None:
+                Allocation.load(self.file, measured.trace)
+            else:
+                self.choose(measured, self.score_values(measured, Equal()))
+
+    def _check_mean(self, measured: Measured, mean_bits: float) -> None:
+        bits = shared_candidates(self.candidates(measured.trace), measured.trace)
+        least, most = (
+            size_mib(measured.costs, {name: pick(own) for name, own in bits.items()}) / size_mib(measured.costs, 1)
+            for pick in (min, max)
+        )
+        if mean_bits < least - 1e-9:
+            raise ValueError(
+                f"mean_bits: {mean_bits:g} is out of reach: from the fewest to the most bits of all layers it is "
+                f"{least:.3f} to {most:.3f}; raise it or allow fewer bits (bits, layer_bits, first_last_bits)"
+            )
 
     def _freeze(self, pl_module: LightningModule) -> None:
         if self.chosen is None or not self.freeze_norms:

@@ -185,9 +185,8 @@ def _observing(quantizers: Any) -> Iterator[None]:
 def _choices(
     callback: BitAllocation, measured: Measured, values: dict[str, Any], budget: float
 ) -> Iterator[tuple[str, Allocation]]:
-    size = budget * size_mib(measured.costs, 1)
     for name, own in values.items():
-        yield name, callback.choose(measured, own, size)
+        yield name, callback.choose(measured, own, budget)
     if budget == int(budget):
         yield "uniform", callback.uniform(measured, int(budget))
 
