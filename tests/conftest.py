@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, so that each should keep to one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
