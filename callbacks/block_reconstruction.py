@@ -21,7 +21,7 @@ from callbacks.media import Media
 from modules.quantization.activation_streams import float_weights
 from modules.quantization.attachment import float_weight, input_quantizers, set_bits, weight_quantizers
 from modules.quantization.features import images_of
-from modules.quantization.quantizers import QuantizedWeight
+from modules.quantization.quantizers import QuantizedWeight, WeightQuantizer
 from modules.quantization.reconstruction import Progress, ReconstructionSettings, UnitResult, reconstruct
 from modules.quantization.step_sizes import StepSettings, initial_steps, learn_steps
 from modules.quantization.tracing import NetworkTrace, layer_names, trace_network
@@ -92,6 +92,11 @@ class BlockReconstruction(Callback):
             raise ValueError(f"pictures: {pictures} calibration pictures are fewer than batch_size: {batch_size}")
         self.done = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check before training that there are quantizers to fill."""
+        if stage == "fit":
+            _check_quantizers(weight_quantizers(network_of(pl_module, self.network)), self.network)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reconstruct, once, as soon as there are bits."""
         bits = {name: one.width for name, one in weight_quantizers(network_of(pl_module, self.network)).items()}
@@ -106,16 +111,13 @@ class BlockReconstruction(Callback):
         """
         network = network_of(pl_module, self.network)
         quantizers = weight_quantizers(network)
-        if kept := [name for name, one in quantizers.items() if one.kind == "max"]:
-            raise ValueError(
-                f"{len(kept)} layers take their scale from the weight: set weight_scale of the allocation to fixed"
-            )
+        _check_quantizers(quantizers, self.network)
         images = torch.cat([images_of(batch) for batch in calibration_batches(trainer, pl_module, self.pictures)])
         bits = {name: one.width for name, one in quantizers.items() if one.width}
         inputs = {name: one.width for name, one in input_quantizers(network).items() if one.width}
         files = _FinishedUnits(
             Path(self.folder or Path(trainer.default_root_dir) / FOLDER),
-            _fingerprint(network, bits, self.settings),
+            _fingerprint(network, bits, self.settings, self.pictures),
             trainer.is_global_zero and not trainer.fast_dev_run,
         )
         found: list[UnitResult] = []
@@ -202,7 +204,7 @@ class _FinishedUnits:
                 raise ValueError(
                     f"{path}: cannot be read ({error}); delete it to reconstruct this block anew"
                 ) from error
-            if metadata.get("fingerprint") != self.fingerprint:
+            if (metadata or {}).get("fingerprint") != self.fingerprint:
                 raise ValueError(
                     f"{path}: is a block of another network, other bits or other settings; give another folder, or "
                     "delete it to start anew"
@@ -246,8 +248,17 @@ def _bar(trainer: Trainer) -> Iterator[Callable[[Progress], None] | None]:
         yield show
 
 
-def _fingerprint(network: nn.Module, bits: dict[str, int], settings: ReconstructionSettings) -> str:
-    digest = hashlib.sha256(json.dumps([bits, asdict(settings)], sort_keys=True, default=str).encode())
+def _check_quantizers(quantizers: dict[str, WeightQuantizer], path: str) -> None:
+    if not quantizers:
+        raise ValueError(f"network: there are no quantizers on {path!r} to fill: put a BitAllocation before this")
+    if kept := [name for name, one in quantizers.items() if one.kind == "max"]:
+        raise ValueError(
+            f"{len(kept)} layers take their scale from the weight: set weight_scale of the allocation to fixed"
+        )
+
+
+def _fingerprint(network: nn.Module, bits: dict[str, int], settings: ReconstructionSettings, pictures: int) -> str:
+    digest = hashlib.sha256(json.dumps([bits, asdict(settings), pictures], sort_keys=True, default=str).encode())
     for name in bits:
         digest.update(float_weight(network.get_submodule(name)).detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
