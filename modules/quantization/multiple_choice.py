@@ -15,6 +15,8 @@ HOPELESS = 24
 """Power of ten of the choices that two budgets leave, beyond which a wider pass was never seen to finish."""
 ROOM_SCALE = 1e3
 HALVINGS = 60
+NODES = 500
+"""Of HiGHS' search tree; a number, not a time, so that the same programme always has the same answer."""
 RELATIVE = 1e-12
 
 
@@ -45,7 +47,7 @@ class Found:
 
     Args:
         bits: (L,).
-        proof: what showed that nothing is better.
+        proof: what showed that nothing is better, or how much better something could be at most.
     """
 
     bits: Integers
@@ -58,6 +60,8 @@ def choose_bits(layers: Sequence[Choices], budgets: Integers) -> Found:
     Layers with the same cost are interchangeable and are merged to one choice of their sum of bits. A dynamic programme
     over the merged layers then keeps states whose Lagrangian bound can still beat the best solution; if it has to drop
     states, HiGHS looks through the choices that can, to within its tolerances (1e-6 of what could still be gained).
+    With one budget that has always been enough; with two and many layers its tree may grow without end and is cut, and
+    then ``proof`` tells by how much of the objective the answer is below the bound at most.
 
     Args:
         layers: each with at least one number of bits.
@@ -77,7 +81,8 @@ def choose_bits(layers: Sequence[Choices], budgets: Integers) -> Found:
     programme = _Programme([one.choices for one in merged], budgets)
     picked, proof = programme.search(), "dynamic programme"
     if not programme.proven:
-        picked, proof = programme.search_by_highs() or picked, "HiGHS"
+        picked = programme.search_by_highs() or picked
+        proof = "HiGHS" if programme.proven else f"within {programme.gap:.1e} of the bound"
     if picked is None:
         raise RuntimeError("HiGHS found no solution of an integer programme that has one")
     bits = np.zeros(len(layers), dtype=np.int64)
@@ -131,11 +136,17 @@ class _Programme:
         reduced = [one.values - weights @ self.prices for one, weights in zip(choices, self.weights, strict=True)]
         self.losses = [own.max() - own for own in reduced]
         scale = abs(sum(own.max() for own in reduced) + self.prices @ self.room)
+        self.bound = scale
         self.tolerance = RELATIVE * max(scale, *(np.abs(one.values).max() for one in choices))
         shares = [(weights.max(0) / np.maximum(self.room, 1)).max() for weights in self.weights]
         self.order = np.argsort(-np.array(shares), kind="stable")
         self.least_loss = np.inf
         self.proven = False
+
+    @property
+    def gap(self) -> float:
+        """By what part of the bound the best solution that is known is below it at most."""
+        return float(self.least_loss / self.bound)
 
     def search(self) -> list[int] | None:
         """Index of what to choose of each; ``proven`` tells whether it is certain that nothing is better."""
@@ -151,6 +162,7 @@ class _Programme:
         """The same by HiGHS, among what can beat the best that is known; None if nothing does."""
         kept = [np.flatnonzero(own < self.least_loss) for own in self.losses]
         if not all(len(own) for own in kept):
+            self.proven = True
             return None
         losses = np.concatenate([own[some] for own, some in zip(self.losses, kept, strict=True)])
         used = np.concatenate([own[some] for own, some in zip(self.weights, kept, strict=True)])
@@ -164,15 +176,19 @@ class _Programme:
             ],
             integrality=np.ones(len(losses)),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0},
+            options={"mip_rel_gap": 0, "node_limit": NODES},
         )
+        self.proven = result.status != 1  # 1: the tree was cut
         if result.x is None:
             return None
         parts = np.split(result.x, np.cumsum([len(own) for own in kept])[:-1])
         picked = [int(own[part.argmax()]) for own, part in zip(kept, parts, strict=True)]
         left = self.room - sum(own[pick] for own, pick in zip(self.weights, picked, strict=True))
         loss = sum(own[pick] for own, pick in zip(self.losses, picked, strict=True)) + left @ self.prices
-        return picked if (left >= 0).all() and loss < self.least_loss else None
+        if (left < 0).any() or loss >= self.least_loss:
+            return None
+        self.least_loss = loss
+        return picked
 
     def _pass(self, width: int) -> list[int] | None:
         """One pass that keeps at most so many states; None if it finds nothing better than is known."""
