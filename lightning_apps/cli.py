@@ -1,6 +1,5 @@
 """The one LightningCLI subclass that all apps share."""
 
-import inspect
 import json
 import logging
 import os
@@ -323,7 +322,7 @@ class AppCLI(LightningCLI):
         config = self.config[self.subcommand]
         arguments = config.model.init_args.as_dict()
         cls = _import_class(config.model.class_path)
-        known = inspect.signature(cls).parameters
+        known = init_arguments(config.model.class_path)
         arguments |= {name: value for name, value in self.checkpoint.facts.items() if name in known}
         kept = config.data, config.model
         config.data, config.model = None, None

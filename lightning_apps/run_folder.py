@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.atomic_files import atomic_text
+from lightning_apps.config_errors import init_arguments
 from lightning_apps.errors import UserError
 
 ENVIRONMENT = "LIGHTNING_APPS_RUN_FOLDER"
@@ -252,5 +253,12 @@ class RunRecorder(Callback):
                     state.update(_moved(state, str(state["dirpath"]), str(self.folder.checkpoints)))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint which app and which configuration wrote it."""
+        """Say in the checkpoint which app and which configuration wrote it.
+
+        Facts of the data that the module does not take are no hyper-parameters, so that `load_from_checkpoint` works.
+        """
         checkpoint[CHECKPOINT_KEY] = {"app": self.app, "config": self.config, "facts": self.facts}
+        known = init_arguments(f"{type(pl_module).__module__}.{type(pl_module).__qualname__}")
+        settings = checkpoint.get("hyper_parameters", {})
+        for name in (self.facts.keys() & settings.keys()) - set(known) if known else ():
+            del settings[name]
