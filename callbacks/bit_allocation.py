@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader
 
 from callbacks.media import Media
 from modules.quantization.allocation import Allocation, Rounding, allocate
-from modules.quantization.attachment import attach_quantizers, float_weight, set_bits, weight_quantizers
+from modules.quantization.attachment import (
+    attach_quantizers,
+    float_weight,
+    input_quantizers,
+    set_bits,
+    weight_quantizers,
+)
 from modules.quantization.costs import FLOAT_BITS, LayerCost, Rule, count_costs, size_mib
 from modules.quantization.features import images_of
 from modules.quantization.quantizers import InputScheme, WeightScale, check_bits
@@ -273,11 +279,19 @@ class BitAllocation(Callback):
         Args:
             pl_module: the module.
             allocation: of the network that was measured.
+
+        Raises:
+            ValueError: for bits of inputs that have no quantizers.
         """
         for path in self.networks:
             network = network_of(pl_module, path)
             inputs = {name: bits for name, bits in allocation.activation_bits.items() if bits != FLOAT_BITS}
-            set_bits(network, allocation.weight_bits, inputs)
+            quantizers = input_quantizers(network)
+            if inputs and not quantizers:
+                raise ValueError(
+                    f"the allocation has bits for the inputs of {len(inputs)} layers, but activation_bits is null"
+                )
+            set_bits(network, allocation.weight_bits, dict.fromkeys(quantizers, 0) | inputs)
             if self.weight_scale != "max":
                 for name, quantizer in weight_quantizers(network).items():
                     weight = float_weight(network.get_submodule(name))

@@ -15,7 +15,7 @@ from callbacks.atomic_files import atomic_bytes, atomic_text
 from callbacks.bit_allocation import Measured, layer_table, network_of
 from lightning_apps.errors import UserError
 from modules.quantization.allocation import Allocation
-from modules.quantization.attachment import input_quantizers
+from modules.quantization.attachment import input_quantizers, set_bits, weight_quantizers
 from modules.quantization.costs import size_mib
 from modules.quantization.features import images_of
 from modules.quantization.scores import Equal, Random
@@ -50,7 +50,7 @@ def start(
     ckpt_path: str | None,
     weights_only: bool | None = None,
 ) -> None:
-    """Give a module its weights, and a trainer its data, without training.
+    """Give a module its weights, in float, and a trainer its data, without training.
 
     Args:
         trainer: Whose `BitAllocation` attaches the quantizers.
@@ -74,6 +74,9 @@ def start(
         model.load_pretrained()
     else:
         raise UserError("this command needs trained weights: give --ckpt_path FILE, last or best, or --model.init_from")
+    for path in callback.networks:  # weights of a run that quantized come with its bits
+        network = network_of(model, path)
+        set_bits(network, dict.fromkeys(weight_quantizers(network), 0), dict.fromkeys(input_quantizers(network), 0))
     trainer.strategy.connect(model)
     trainer._data_connector.attach_datamodule(model, datamodule)
     datamodule.prepare_data()

@@ -101,6 +101,13 @@ def test_a_file_of_another_network(tmp_path, begin_epoch):
     assert not module.losses
 
 
+def test_a_file_with_bits_of_inputs_that_are_not_quantized(tmp_path):
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[allocation()]).fit(Classifier(), loader(16))
+    callback = allocation(allocation=str(tmp_path / "bits.yaml"), mean_bits=None, activation_bits=None)
+    with pytest.raises(ValueError, match="bits for the inputs of 7 layers, but activation_bits is null"):
+        quiet_trainer(tmp_path / "other", max_epochs=1, callbacks=[callback]).fit(Classifier(), loader(16))
+
+
 class Pictures(LightningDataModule):
     """Gives pictures for calibration of its own."""
 
