@@ -21,11 +21,14 @@ from typing import Any
 # Every app, and what their commands import on the way. Not onnxruntime, which starts threads, nor what must be each
 # process' own: wandb makes a temporary folder that the first process would take away with it.
 PRELOADED = (
-    *("lightning_apps.bolt", "lightning_apps.emo", "lightning_apps.prcl", "modules.bolt", "modules.classification"),
+    *("lightning_apps.bolt", "lightning_apps.csmpq", "lightning_apps.emo", "lightning_apps.prcl", "modules.bolt"),
     *(
+        "modules.classification",
+        "modules.csmpq",
         "modules.detection",
         "modules.emo",
         "modules.prcl",
+        "modules.quantization",
         "modules.segmentation",
         "timm",
         "torch._dynamo",
