@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
@@ -57,7 +58,7 @@ class BitAllocation(Callback):
     first one by default, calibration pictures go through the network, the layers are scored, an integer programme
     chooses their bits within a budget, and from then on the network is trained as it will be used. A checkpoint holds
     bits and ranges, so that a resumed run does not choose again. The choice is written to ``bits.yaml`` in the run's
-    folder and can be edited and given back.
+    folder and can be edited and given back. The best checkpoint of a run is the best of those with bits.
 
     Calibration pictures come from the datamodule's ``calibration_dataloader(count)``, otherwise from its training
     batches, which may be a tensor, have ``images``, or hold one of these first or as ``labeled``.
@@ -195,6 +196,7 @@ class BitAllocation(Callback):
             allocation = agreed(self.choose(measured, values))
         self.apply(pl_module, allocation)
         self.chosen = {"weight_bits": dict(allocation.weight_bits), "activation_bits": dict(allocation.activation_bits)}
+        _forget_best(trainer)
         self._report(trainer, pl_module, measured, allocation, values)
         return allocation
 
@@ -440,6 +442,15 @@ def agreed(allocation: Allocation) -> Allocation:
     box = [allocation]
     torch.distributed.broadcast_object_list(box)
     return box[0]
+
+
+def _forget_best(trainer: Trainer) -> None:
+    """Let any checkpoint to come be better than those of the network before, whose metric is that in float."""
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, ModelCheckpoint) and saver.best_k_models:
+            worst = torch.tensor(float("inf" if saver.mode == "min" else "-inf"))
+            saver.best_k_models = dict.fromkeys(saver.best_k_models, worst)
+            saver.kth_value = saver.best_model_score = worst
 
 
 def figures(allocation: Allocation) -> dict[str, float]:

@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
 import modules.emo  # noqa: F401  registers the networks in timm
-from callbacks import BitAllocation, EMATarget
+from callbacks import BestAndLastCheckpoint, BitAllocation, EMATarget
 from datamodules import SemiSupervisedSegmentation
 from modules.classification import ImageClassifier
 from modules.prcl import ProbabilisticSegmenter
@@ -180,6 +181,27 @@ def test_before_its_epoch_training_is_as_without_and_then_quantized(tmp_path):
     assert all(all(bits.values()) for bits in states.bits[4:])
     assert any(not torch.equal(value, states.weights[4][name]) for name, value in plain.weights[4].items())
     check_levels(module.model, weight_bits(module.model))
+
+
+class Worsening(Classifier):
+    """Its score is best in the first epoch."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", 1.0 / (1 + self.current_epoch))
+        self.log("loss", float(self.current_epoch))
+
+
+@pytest.mark.parametrize("make", [BestAndLastCheckpoint, ModelCheckpoint])
+@pytest.mark.parametrize(("monitor", "mode"), [("score", "max"), ("loss", "min")])
+def test_the_best_checkpoint_is_one_with_bits(tmp_path, make, monitor, mode):
+    saver = make(dirpath=tmp_path, filename="best", monitor=monitor, mode=mode)
+    trainer = quiet_trainer(tmp_path, max_epochs=4, callbacks=[allocation(begin_epoch=2), saver])
+    trainer.fit(Worsening(), loader(16), loader(16))
+    content = torch.load(saver.best_model_path, weights_only=True)
+    assert content["epoch"] == 2
+    assert content["callbacks"]["BitAllocation"]["chosen"]
+    assert saver.best_model_score == pytest.approx({"score": 1 / 3, "loss": 2.0}[monitor])
+    assert [path.name for path in tmp_path.glob("best*")] == ["best.ckpt"]
 
 
 def test_an_edited_file_is_applied(tmp_path):
