@@ -8,7 +8,6 @@ Every finished (row, seed) is a line of `<out>/results.csv`; the same command go
 """
 
 import argparse
-import csv
 import json
 import statistics
 import time
@@ -22,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks.result_tables import append, read
 from callbacks import DifficultyRanking, EMATarget, StepSeed
 from datamodules import MedicalImages
 from modules.bolt import BOLT
@@ -234,11 +234,6 @@ def summarise(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Results so far."""
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-
-
 def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,13 +263,7 @@ def main() -> None:
             if options.finetune and not weights_file(options, name, seed).exists():
                 continue
             result = finetune(options, name, seed) if options.finetune else run(options, name, seed)
-            new = not table.exists()
-            with table.open("a", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(result))
-                if new:
-                    writer.writeheader()
-                writer.writerow(result)
-            print(result, flush=True)
+            append(table, result)
     print(summarise(read(table)))
 
 

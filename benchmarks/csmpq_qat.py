@@ -8,12 +8,10 @@ line of `<out>/results.csv`; the same command goes on with the rest.
 """
 
 import argparse
-import csv
-import resource
-import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks.result_tables import append, head, last, line, read, run
 
 VARIANTS = {
     "mixed": [],
@@ -35,47 +33,24 @@ def train(options: argparse.Namespace, seed: int, variant: str) -> dict[str, str
     command += ["--trainer.logger", "csv", "--trainer.enable_progress_bar", "false"]
     if variant == "float":
         command += ["--callbacks.averaging", "null"]  # the weights that are trained on are not averaged ones
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with (options.out / f"{name}.log").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = run(command, options.out / f"{name}.log")
     metrics = options.out / "runs" / app / name / "metrics.csv"
     size = last(metrics, "quantization/size_mib") if variant != "float" else ""
-    return {
-        key: str(value)
-        for key, value in zip(COLUMNS, (seed, variant, last(metrics, "val/acc"), size, round(seconds)), strict=True)
-    }
-
-
-def last(path: Path, name: str) -> float:
-    """The last value of a metric."""
-    with path.open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)][-1]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Results so far."""
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    values = (seed, variant, last(metrics, "val/acc"), size, seconds)
+    return {key: str(value) for key, value in zip(COLUMNS, values, strict=True)}
 
 
 def summarise(results: list[dict[str, str]]) -> str:
     """Markdown: accuracy by variant and seed, with mean and spread."""
     seeds = sorted({int(row["seed"]) for row in results})
-    lines = [
-        f"| | MiB | {' | '.join(f'seed {seed}' for seed in seeds)} | mean ± std |",
-        "| --- " * (len(seeds) + 3) + "|",
-    ]
+    lines = head("", seeds)
     for variant in ("float", *VARIANTS):
-        own = {int(row["seed"]): row for row in results if row["variant"] == variant}
-        if not own:
-            continue
-        values = [100 * float(own[seed]["accuracy"]) for seed in seeds if seed in own]
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        size = next(iter(own.values()))["size_mib"]
-        cells = [f"{100 * float(own[seed]['accuracy']):.1f}" if seed in own else "" for seed in seeds]
-        told = f"{float(size):.3f}" if size else ""
-        lines.append(f"| {variant} | {told} | {' | '.join(cells)} | {statistics.mean(values):.1f} ± {spread:.1f} |")
+        own = {int(row["seed"]): 100 * float(row["accuracy"]) for row in results if row["variant"] == variant}
+        if own:
+            sizes = {
+                f"{float(row['size_mib']):.3f} MiB" for row in results if row["variant"] == variant and row["size_mib"]
+            }
+            lines.append(line(", ".join([variant, *sorted(sizes)]), own, seeds))
     return "\n".join(lines)
 
 
@@ -93,14 +68,7 @@ def main() -> None:
         for variant in ("float", *VARIANTS):
             if (str(seed), variant) in {(row["seed"], row["variant"]) for row in read(table)}:
                 continue
-            result = train(options, seed, variant)
-            new = not table.exists()
-            with table.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(result)
-            print(result, flush=True)
+            append(table, train(options, seed, variant))
     print(summarise(read(table)))
 
 

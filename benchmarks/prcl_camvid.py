@@ -10,13 +10,11 @@ rest, and with a run that was stopped from its last epoch. Scores are those of t
 """
 
 import argparse
-import csv
-import resource
-import statistics
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+
+from benchmarks.result_tables import append, head, last, line, read, run
 
 METHODS = {
     "supervised": ["--config", "prcl/supervised.yaml"],
@@ -40,26 +38,11 @@ def train(options: argparse.Namespace, labels: int, seed: int, method: str) -> d
     command += options.extra
     if (folder / "checkpoints/last.ckpt").is_file():
         command += ["--ckpt_path", "last"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with (options.out / f"{name}.log").open("a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = run(command, options.out / f"{name}.log")
     student = last(folder / "metrics.csv", "val/miou_student")
     teacher = student if method == "supervised" else last(folder / "metrics.csv", "val/miou_teacher")
-    values = (labels, seed, method, teacher, student, round(seconds))
+    values = (labels, seed, method, teacher, student, seconds)
     return {key: str(value) for key, value in zip(COLUMNS, values, strict=True)}
-
-
-def last(path: Path, name: str) -> float:
-    """The last value of a metric."""
-    with path.open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)][-1]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Results so far."""
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
 def summarise(results: list[dict[str, str]]) -> str:
@@ -69,8 +52,7 @@ def summarise(results: list[dict[str, str]]) -> str:
     for labels in sorted({key[0] for key in scores}):
         mine = {key[1:]: value for key, value in scores.items() if key[0] == labels}
         seeds = sorted({seed for _, seed in mine})
-        lines += ["", f"{labels} labels", "", f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean ± std |"]
-        lines += ["| --- " * (len(seeds) + 2) + "|"]
+        lines += ["", *head(f"{labels} labels", seeds)]
         for method in METHODS:
             values = {seed: mine[method, seed] for seed in seeds if (method, seed) in mine}
             if values:
@@ -81,13 +63,6 @@ def summarise(results: list[dict[str, str]]) -> str:
                 difference = {seed: mine[first, seed] - mine[second, seed] for seed in both}
                 lines.append(line(f"{first} - {second}", difference, seeds))
     return "\n".join(lines)
-
-
-def line(name: str, values: dict[int, float], seeds: list[int]) -> str:
-    """One line of the table."""
-    spread = statistics.stdev(values.values()) if len(values) > 1 else float("nan")
-    cells = [f"{values[seed]:.1f}" if seed in values else "" for seed in seeds]
-    return f"| {name} | {' | '.join(cells)} | {statistics.mean(values.values()):.1f} ± {spread:.1f} |"
 
 
 def main() -> None:
@@ -106,14 +81,7 @@ def main() -> None:
         done = {(int(r["labels"]), int(r["seed"]), r["method"]) for r in read(table)}
         if (labels, seed, method) in done:
             continue
-        result = train(options, labels, seed, method)
-        new = not table.exists()
-        with table.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(result)
-        print(result, flush=True)
+        append(table, train(options, labels, seed, method))
     print(summarise(read(table)))
 
 

@@ -16,7 +16,7 @@ from modules.onnx_program import onnx_program
 from modules.quantization.attachment import bake, input_quantizers, quantized_weights
 from modules.quantization.folding import fold_norms
 from modules.quantization.quantizers import QuantizedWeight, integer_range
-from modules.quantization.tracing import evaluating, some, trace_network
+from modules.quantization.tracing import inputs_seen, some, trace_network
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -178,20 +178,11 @@ def _input_steps(network: nn.Module, names: list[str], images: Tensor) -> dict[s
     """About the scale that 8 bits give to the input of each layer."""
     steps: dict[str, float] = {}
 
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            span = inputs[0].amax().clamp(min=0) - inputs[0].amin().clamp(max=0)
-            steps[name] = span.item() / STEPS
+    def look(name: str, inputs: Tensor) -> None:
+        steps[name] = (inputs.amax().clamp(min=0) - inputs.amin().clamp(max=0)).item() / STEPS
 
-        return hook
-
-    handles = [network.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        with evaluating(network):
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with inputs_seen(network, look, names):
+        network(images)
     return steps
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from modules.quantization.attachment import float_weight
 from modules.quantization.features import image_batches, images_of, pooled_features
 from modules.quantization.quantizers import WeightQuantizer, check_bits
-from modules.quantization.tracing import NetworkTrace, evaluating
+from modules.quantization.tracing import NetworkTrace, evaluating, inputs_seen
 
 Candidates = Sequence[int] | Mapping[str, Sequence[int]]
 ValueTable = dict[str, dict[int, float]]
@@ -503,23 +503,13 @@ def input_squares(network: nn.Module, names: Sequence[str], batches: Iterable[An
     """
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=next(network.parameters()).device)
 
-    def hook_of(index: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sums[0, index] += inputs[0].double().square().sum()
-            sums[1, index] += inputs[0].numel()
+    def look(name: str, inputs: Tensor) -> None:
+        sums[:, places[name]] += torch.stack([inputs.double().square().sum(), inputs.new_tensor(inputs.numel())])
 
-        return hook
-
-    handles = [
-        network.get_submodule(name).register_forward_pre_hook(hook_of(index)) for index, name in enumerate(names)
-    ]
-    try:
-        with evaluating(network):
-            for images in image_batches(network, batches):
-                network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    places = {name: index for index, name in enumerate(names)}
+    with inputs_seen(network, look, names):
+        for images in image_batches(network, batches):
+            network(images)
     _add_processes(sums)
     if not sums[1].all():
         raise ValueError("the inputs of layers need at least one batch, got none")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ from modules.quantization.reconstruction import (
     output_channels,
 )
 from modules.quantization.scale_search import EXPONENT, UniformGrid, search_tensor_grid
-from modules.quantization.tracing import NetworkTrace, evaluating, some
+from modules.quantization.tracing import NetworkTrace, evaluating, inputs_seen, some
 
 SAMPLES = 2**18
 
@@ -127,19 +127,11 @@ def initial_steps(
         raise ValueError(f"bits: no layers of this network: {some(unknown)}; it has {some(trace.names)}")
     found: dict[str, LearnedStep] = {}
 
-    def look_at(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found[name] = LearnedStep(search_tensor_grid(arguments[0], bits[name], samples=samples))
+    def look(name: str, inputs: Tensor) -> None:
+        found[name] = LearnedStep(search_tensor_grid(inputs, bits[name], samples=samples))
 
-        return hook
-
-    handles = [network.get_submodule(name).register_forward_pre_hook(look_at(name)) for name in bits]
-    try:
-        with evaluating(network):
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with inputs_seen(network, look, bits):
+        network(images)
     return found
 
 
@@ -252,9 +244,7 @@ def _quantized_inputs(quantizers: Mapping[nn.Module, StepQuantizer]) -> Iterator
     def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (quantizers[layer](arguments[0]), *arguments[1:])
 
-    handles = [layer.register_forward_pre_hook(hook) for layer in quantizers]
-    try:
+    with ExitStack() as stack:
+        for layer in quantizers:
+            stack.enter_context(layer.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,7 +1,7 @@
 """What happens in a network when images go through it: its layers with weights, their norms, blocks and features."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -210,6 +210,25 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def inputs_seen(network: nn.Module, look: Callable[[str, Tensor], None], names: Iterable[str]) -> Iterator[None]:
+    """Show the input of layers to a function while the block runs, with the network in evaluation mode.
+
+    Args:
+        network: any module.
+        look: called with the name of a layer and its input, each time before it runs.
+        names: of the layers.
+    """
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, arguments: look(name, arguments[0])
+
+    with ExitStack() as stack, evaluating(network):
+        for name in names:
+            stack.enter_context(network.get_submodule(name).register_forward_pre_hook(hook_of(name)))
+        yield
 
 
 def _watch(network: nn.Module, images: Tensor) -> list[_Event]:

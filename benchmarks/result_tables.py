@@ -1,0 +1,53 @@
+"""Tables that long benchmarks fill line by line, so that the same command goes on where it was stopped."""
+
+import csv
+import resource
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Lines so far."""
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def append(path: Path, row: Mapping[str, object]) -> None:
+    """Add a line, below a line of names at the start."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(dict(row), flush=True)
+
+
+def last(path: Path, name: str) -> float:
+    """The last value of a metric in a run's `metrics.csv`."""
+    return [float(row[name]) for row in read(path) if row.get(name)][-1]
+
+
+def run(command: Sequence[str], log: Path) -> int:
+    """Run a command to its end, with what it says added to a file; returns its seconds of processor time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with log.open("a") as file:
+        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def line(name: str, values: Mapping[int, float], seeds: Sequence[int]) -> str:
+    """Markdown: values of seeds, their mean and standard deviation."""
+    spread = statistics.stdev(values.values()) if len(values) > 1 else float("nan")
+    cells = [f"{values[seed]:.1f}" if seed in values else "" for seed in seeds]
+    return f"| {name} | {' | '.join(cells)} | {statistics.mean(values.values()):.1f} ± {spread:.1f} |"
+
+
+def head(name: str, seeds: Sequence[int]) -> list[str]:
+    """Markdown: the first two lines of a table of such lines."""
+    return [
+        f"| {name} | {' | '.join(f'seed {seed}' for seed in seeds)} | mean ± std |",
+        "| --- " * (len(seeds) + 2) + "|",
+    ]
