@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ def export_network(
     opset: int = 18,
     tolerance: float = 1e-4,
     images: Tensor | None = None,
+    containers: Literal["auto", "int8", "uint8"] = "auto",
 ) -> dict[str, Path]:
     """Export a network that maps images (B, C, H, W) to one tensor.
 
@@ -48,6 +49,7 @@ def export_network(
         tolerance: Largest allowed difference between what was written and torch, relative to the largest output; not
             for `int8`, whose agreement is measured and told.
         images: (N, C, H, W), what `int8` is calibrated with.
+        containers: of `int8`, see :func:`modules.quantization.onnx_int8.write_int8_onnx`.
 
     Returns:
         The file of each format, and `export.json` that describes them.
@@ -73,7 +75,7 @@ def export_network(
         report["largest_difference_pt2"] = write_program(network, written["pt2"], channels, size, tolerance)
     if weight_quantizers(quantized):
         chosen = [name for name in QUANTIZED_FORMATS if name in formats]
-        written |= _write_quantized(quantized, folder, chosen, facts, opset, images, report)
+        written |= _write_quantized(quantized, folder, chosen, facts, opset, images, containers, report)
         report["quantization"] |= _deployment(quantized, written, channels, size)
     report["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     written["description"] = folder / "export.json"
@@ -109,6 +111,7 @@ def _write_quantized(
     facts: dict[str, Any],
     opset: int,
     images: Tensor | None,
+    containers: str,
     report: dict[str, Any],
 ) -> dict[str, Path]:
     """Write the formats that keep integers, and report under `quantization` how well int8 agrees."""
@@ -125,7 +128,7 @@ def _write_quantized(
         from modules.quantization.latency import onnx_runner
         from modules.quantization.onnx_int8 import agreement, write_int8_onnx
 
-        result = write_int8_onnx(network, images, folder / "model.int8.onnx", opset=opset)
+        result = write_int8_onnx(network, images, folder / "model.int8.onnx", containers, opset)
         with torch.inference_mode():
             expected = torch.cat([network(batch) for batch in images.split(AGREEMENT_BATCH)])
         run = onnx_runner(result.path)

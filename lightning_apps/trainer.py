@@ -114,6 +114,7 @@ class AppTrainer(Trainer):
         opset: int = 18,
         tolerance: float = 1e-4,
         calibration_images: int = 128,
+        int8_containers: Literal["auto", "int8", "uint8"] = "auto",
         weights_only: bool | None = None,
     ) -> dict[str, Path]:
         """Write the deployable network as ONNX or a torch.export program, checked against torch, and as safetensors.
@@ -133,6 +134,8 @@ class AppTrainer(Trainer):
             tolerance: Largest allowed difference between written and original outputs, relative to the largest output;
                 of `int8` the agreement is told instead.
             calibration_images: How many pictures of the data `int8` is calibrated with.
+            int8_containers: Of 8-bit weights in `int8`: signed ones are exact, and fast, on processors with VNNI or of
+                ARM, unsigned ones are exact everywhere; `auto` asks the processor of this machine.
             weights_only: False to load a checkpoint that holds more than tensors and plain values.
 
         Returns:
@@ -156,6 +159,7 @@ class AppTrainer(Trainer):
             opset=opset,
             tolerance=tolerance,
             images=pictures(datamodule, calibration_images) if "int8" in formats else None,
+            containers=int8_containers,
         )
 
     def features(

@@ -18,6 +18,7 @@ from modules.timing import interleaved
 
 ROUNDS = 30
 MIB = 2**20
+EXACT_INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 NOTE = (
     "Bits below 8 make the packed file and the BOPs smaller. No kernel here computes in fewer than 8 bits: the int8 "
     "latency is that of 8-bit kernels, of which the container decides (uint8 is slower on x86 without VNNI)."
@@ -104,6 +105,17 @@ def deployment_report(
 
 def processor() -> str:
     """This processor, and whether it has the instructions that decide the speed of 8-bit kernels."""
+    name, flags = _processor_information()
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+    return f"{name} ({', '.join(flag for flag in wanted if flag in flags) or 'no 8-bit instructions known'})"
+
+
+def adds_in_32_bits() -> bool:
+    """Whether this processor is known to add products of 8-bit numbers in 32 bits, which nothing overflows."""
+    return not _processor_information()[1].isdisjoint(EXACT_INSTRUCTIONS)
+
+
+def _processor_information() -> tuple[str, set[str]]:
     name, flags = platform.machine(), set()
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -113,5 +125,4 @@ def processor() -> str:
                 name = value.strip()
             elif key.strip() in ("flags", "Features"):
                 flags |= set(value.split())
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-    return f"{name} ({', '.join(flag for flag in wanted if flag in flags) or 'no 8-bit instructions known'})"
+    return name, flags

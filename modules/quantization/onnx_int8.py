@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modules.onnx_program import onnx_program
 from modules.quantization.attachment import bake, input_quantizers, quantized_weights
 from modules.quantization.folding import fold_norms
+from modules.quantization.latency import adds_in_32_bits
 from modules.quantization.quantizers import QuantizedWeight, integer_range
 from modules.quantization.tracing import inputs_seen, some, trace_network
 
@@ -100,8 +101,9 @@ def write_int8_onnx(
         network: with quantizers that have bits; not changed.
         images: (N, C, H, W), normalised as for the network, to calibrate with.
         path: of the file, which appears once it is complete.
-        container: ``auto`` writes 8-bit weights as ``uint8``, exact everywhere, and others as ``int8``; ``int8``
-            writes all signed, right for processors with VNNI or of ARM; ``uint8`` all unsigned.
+        container: ``int8`` writes all signed, right for processors with VNNI or of ARM, and fastest there; ``uint8``
+            all unsigned, exact everywhere; ``auto`` writes signed ones where this processor is known to be of the first
+            kind, and elsewhere 8-bit weights as ``uint8`` and others as ``int8``.
         opset: ONNX operator set.
 
     Returns:
@@ -122,6 +124,8 @@ def write_int8_onnx(
     model = onnx_program(network, images.new_zeros(2, *images.shape[1:]), opset).model_proto
     nodes = _find_nodes(model, network, weights)
     steps = _input_steps(network, list(weights), images[:CALIBRATION_BATCH])
+    if container == "auto" and adds_in_32_bits():
+        container = "int8"
     overrides, containers, changed = {}, {}, {}
     for name, node in nodes.items():
         stored = _stored(model, node, name, weights[name], steps[name])
