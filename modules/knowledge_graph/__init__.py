@@ -1,0 +1,33 @@
+"""Embeddings of knowledge graphs: score functions, their loss, ranking of completions, and the LightningModule."""
+
+from modules.knowledge_graph.lightning_module import EmbeddingTables, KnowledgeGraphEmbedding, corrupted_distances
+from modules.knowledge_graph.link_predictor import CATEGORIES, SIDES, LinkPredictor
+from modules.knowledge_graph.losses import self_adversarial_loss
+from modules.knowledge_graph.scoring import (
+    HAKE,
+    ComplEx,
+    DistMult,
+    PairRE,
+    RotatE,
+    ScoringFunction,
+    TransE,
+    build_scoring,
+)
+
+__all__ = [
+    "CATEGORIES",
+    "HAKE",
+    "SIDES",
+    "ComplEx",
+    "DistMult",
+    "EmbeddingTables",
+    "KnowledgeGraphEmbedding",
+    "LinkPredictor",
+    "PairRE",
+    "RotatE",
+    "ScoringFunction",
+    "TransE",
+    "build_scoring",
+    "corrupted_distances",
+    "self_adversarial_loss",
+]

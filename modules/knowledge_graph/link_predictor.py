@@ -1,0 +1,123 @@
+"""What models of knowledge graphs share: queries are ranked, counted in metrics, and completed with the best tails."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from modules.ranking import FilteredRanking, ranks_by_counting
+
+SIDES = ("tail", "head")
+CATEGORIES = ("1-1", "1-N", "N-1", "N-N")
+HITS = (1, 3, 10)
+SHOWN = ("mrr", *(f"hits@{k}" for k in HITS))
+
+
+class LinkPredictor(LightningModule, ABC):
+    """Ranks the tails of queries (head, relation, ?), filtered, with controls beside the method.
+
+    Queries for heads are queries for tails of reversed relations, so (?, r, t) is (t, r + R, ?).
+
+    Metrics: ``<stage>/mrr``, ``/hits@1``, ``/hits@3``, ``/hits@10``, ``/mean_rank``, ``/count``, those of the sides
+    (``<stage>/tail/mrr``) and of kinds of relations (``<stage>/N-1/mrr``), and those of each control
+    (``<stage>/unlinked/mrr``). ``val/main`` is the filtered MRR.
+
+    Args:
+        num_entities: E.
+        num_relations: R, without reverses.
+        controls: names of further rankings that :meth:`rankings` returns.
+        ties: rank of a target among candidates of equal score: realistic (the mean), optimistic or pessimistic.
+        top_k: how many tails ``predict`` gives.
+    """
+
+    def __init__(self, num_entities: int, num_relations: int, controls: tuple[str, ...], ties: str, top_k: int) -> None:
+        super().__init__()
+        if num_entities < 1 or num_relations < 1:
+            raise ValueError(
+                f"num_entities is {num_entities} and num_relations {num_relations}, expected 1 or more of each"
+            )
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, expected 1 or more")
+        self.ties, self.top_k, self.controls = ties, min(top_k, num_entities), controls
+        self.val_rankings = self._new_rankings()
+        self.test_rankings = self._new_rankings()
+
+    def _new_rankings(self) -> nn.ModuleDict:
+        groups = {"method": (*SIDES, *CATEGORIES)} | dict.fromkeys(self.controls, ())
+        return nn.ModuleDict(
+            {name: FilteredRanking(ks=HITS, ties=self.ties, groups=group) for name, group in groups.items()}
+        )
+
+    @abstractmethod
+    def candidate_scores(self, batch: Any) -> Tensor:
+        """Scores (B, E) of all entities as tails of the queries, higher is better."""
+
+    @abstractmethod
+    def rankings(self, batch: Any) -> dict[str, Tensor]:
+        """Ranks (B,) of the targets by name: ``method``, and each of the controls."""
+
+    def filtered_ranks(self, scores: Tensor, batch: Any) -> Tensor:
+        """Rank (B,) of each target in scores (B, E), other true tails left out."""
+        return ranks_by_counting(scores, batch.tails, batch.known, ties=self.ties)
+
+    def unlinked_ranks(self, scores: Tensor, batch: Any) -> Tensor:
+        """The same where all tails that training links to the head come last, the target too if it is one of them."""
+        rows, columns = batch.linked
+        scores = scores.clone()
+        scores[rows, columns] = -torch.inf
+        return self.filtered_ranks(scores, batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Rank the targets of a batch; returns them with the rows of the queries."""
+        return self._evaluation_step(batch, self.val_rankings)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Rank the targets of a batch; returns them with the rows of the queries."""
+        return self._evaluation_step(batch, self.test_rankings)
+
+    def _evaluation_step(self, batch: Any, metrics: nn.ModuleDict) -> dict[str, Tensor]:
+        ranks = self.rankings(batch)
+        side = (batch.relations >= self.hparams.num_relations).long()
+        sides = torch.nn.functional.one_hot(side, len(SIDES))
+        groups = torch.cat([sides, torch.nn.functional.one_hot(batch.category, len(CATEGORIES))], dim=1).bool()
+        for name, values in ranks.items():
+            metrics[name].update_ranks(values, groups if name == "method" else None)
+        return {"index": batch.index, "relations": batch.relations} | {f"rank_{key}": ranks[key] for key in ranks}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of validation."""
+        scores = self._log_rankings("val", self.val_rankings)
+        self.log("val/main", scores["mrr"], prog_bar=False)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test."""
+        self._log_rankings("test", self.test_rankings)
+
+    def _log_rankings(self, stage: str, metrics: nn.ModuleDict) -> Mapping[str, Tensor]:
+        scores = {name: metric.compute() for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
+        for name, values in scores.items():
+            prefix = stage if name == "method" else f"{stage}/{name}"
+            wanted = values if name == "method" else {key: values[key] for key in SHOWN}
+            self.log_dict({f"{prefix}/{key}": value.float() for key, value in wanted.items()})
+        self.log(f"{stage}/mrr", scores["method"]["mrr"].float(), prog_bar=True)
+        return scores["method"]
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """The best tails of each query.
+
+        Returns:
+            ``index`` (B,), ``entities`` (B, k) best first, their ``scores`` (B, k), and ``known`` (B, k), true where
+            the triple is in the data.
+        """
+        scores = self.candidate_scores(batch)
+        best = scores.topk(self.top_k, dim=1)
+        rows, columns = batch.known
+        known = torch.zeros_like(scores, dtype=torch.bool)
+        known[rows, columns] = True
+        answers = {"index": batch.index, "entities": best.indices, "scores": best.values}
+        return answers | {"known": known.gather(1, best.indices)}
