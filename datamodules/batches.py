@@ -1,4 +1,4 @@
-"""The typed batch that every image datamodule yields."""
+"""The typed batches that the datamodules yield."""
 
 from typing import NamedTuple
 
@@ -54,3 +54,62 @@ class DetectionBatch(NamedTuple):
     images: list[Tensor]
     targets: list[dict[str, Tensor]]
     index: Tensor
+
+
+class TripleBatch(NamedTuple):
+    """Training triples of a knowledge graph, and entities that they are told apart from.
+
+    Relations are 0..2R-1: the reverse of r is r + R, and row T / 2 + i of the T training triples is row i reversed.
+
+    Args:
+        heads: (B,) int64 entities.
+        relations: (B,) int64 relations.
+        tails: (B,) int64 entities.
+        negatives: Entities, int64: (K,) shared by the batch, (C, K) where row i of the batch has those of chunk
+            ``i // ceil(B / C)``, (B, K) for each triple its own, or (0,) for a training without negatives.
+        excluded: (B, K) bool, true where the negative is a known tail of (head, relation) in training; (0,) like
+            ``negatives`` without them.
+        weights: (B,) float32 weights of the triples.
+        index: (B,) int64 row of each among the T training triples.
+    """
+
+    heads: Tensor
+    relations: Tensor
+    tails: Tensor
+    negatives: Tensor
+    excluded: Tensor
+    weights: Tensor
+    index: Tensor
+
+
+class LinkQueryBatch(NamedTuple):
+    """Queries (head, relation, ?) to a knowledge graph, and what is known of their answers.
+
+    A question for the head, (?, r, t), is the query (t, r + R, ?). All counts are over training triples with their
+    reverses. The pairs are lists of coordinates of a (B, E) table, which itself is never made.
+
+    Args:
+        heads: (B,) int64 entities.
+        relations: (B,) int64 relations, 0..2R-1.
+        tails: (B,) int64 right answers, -1 where unknown.
+        index: (B,) int64 row of each query: of n triples, 0..n-1 ask for the tail and n..2n-1 for the head.
+        category: (B,) int64 kind of the relation, not reversed: 0 is 1-1, 1 is 1-N, 2 is N-1, 3 is N-N.
+        known: (2, N) int64 (row in the batch, entity): right answers in any part of the data, without ``tails``.
+        linked: (2, L) int64 (row in the batch, entity) that some relation links the head to.
+        linked_counts: (L,) int64 number of such relations.
+        seen: (2, S) int64 (row in the batch, entity) that is a tail of the relation, whatever the head.
+        seen_counts: (S,) int64 number of such heads.
+        entity_counts: (E,) int64 number of triples that an entity is the tail of.
+    """
+
+    heads: Tensor
+    relations: Tensor
+    tails: Tensor
+    index: Tensor
+    category: Tensor
+    known: Tensor
+    linked: Tensor
+    linked_counts: Tensor
+    seen: Tensor
+    seen_counts: Tensor
+    entity_counts: Tensor

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 # Lightning cannot see that this sampler returns every sample, and would warn at each prediction.
-warnings.filterwarnings("ignore", message="You are using a custom batch sampler `EvaluationBatchSampler`")
+warnings.filterwarnings("ignore", message="You are using a custom batch sampler `Evaluation(Batch|Array)Sampler`")
 
 
 class SampleKey(NamedTuple):
@@ -27,6 +27,22 @@ class SampleKey(NamedTuple):
     epoch: int
     pass_: int
     index: int
+
+
+class BatchKey(NamedTuple):
+    """What a data set needs to produce a whole batch at once.
+
+    Args:
+        epoch: Epoch of the run, counted from 0.
+        pass_: Pass over the loader within the epoch; above 0 only for the shorter of two combined loaders.
+        batch: Number of the batch within the pass, counted over all ranks, so that no two ranks share one.
+        rows: (B,) int64 rows of the data set.
+    """
+
+    epoch: int
+    pass_: int
+    batch: int
+    rows: np.ndarray
 
 
 def resume_position(trainer: "Trainer | None") -> tuple[int, int]:
@@ -134,8 +150,12 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         order = self._order(epoch, pass_)
         total = -(-self.length // self.batch_size)
         for batch in range(offset, self._batches):
-            start = (batch * self.world_size + self.rank) % total * self.batch_size
-            yield [SampleKey(epoch, pass_, index) for index in order[start : start + self.batch_size].tolist()]
+            number = batch * self.world_size + self.rank
+            start = number % total * self.batch_size
+            yield self._keys(epoch, pass_, number, order[start : start + self.batch_size])
+
+    def _keys(self, epoch: int, pass_: int, batch: int, rows: np.ndarray) -> list[SampleKey]:
+        return [SampleKey(epoch, pass_, index) for index in rows.tolist()]
 
     def _order(self, epoch: int, pass_: int) -> np.ndarray:
         if not self.shuffle:
@@ -261,8 +281,28 @@ class EvaluationBatchSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yield the batches of this rank."""
-        for start, end in self._bounds:
-            yield [SampleKey(0, 0, index) for index in range(start, end)]
+        for batch, (start, end) in enumerate(self._bounds):
+            yield self._keys(batch * self.world_size + self.rank, np.arange(start, end))
+
+    def _keys(self, batch: int, rows: np.ndarray) -> list[SampleKey]:
+        return [SampleKey(0, 0, index) for index in rows.tolist()]
+
+
+class TrainArraySampler(TrainBatchSampler):
+    """The batches of ``TrainBatchSampler``, each as one key for a data set that makes whole batches.
+
+    Use it as ``batch_sampler`` as well: the data set's ``__getitems__`` is called with the :class:`BatchKey`.
+    """
+
+    def _keys(self, epoch: int, pass_: int, batch: int, rows: np.ndarray) -> BatchKey:
+        return BatchKey(epoch, pass_, batch, rows)
+
+
+class EvaluationArraySampler(EvaluationBatchSampler):
+    """The batches of ``EvaluationBatchSampler``, each as one key for a data set that makes whole batches."""
+
+    def _keys(self, batch: int, rows: np.ndarray) -> BatchKey:
+        return BatchKey(0, 0, batch, rows)
 
 
 def _batch_sizes(length: int, batch_size: int, world_size: int) -> list[int]:
