@@ -263,9 +263,7 @@ class KnowledgeGraph(RepeatableLoaders):
     @cached_property
     def known(self) -> TripleIndex:
         """All triples in both directions: right answers that are not counted as mistakes."""
-        triples = np.concatenate(
-            [np.asarray(WithReverses(part, self.num_relations)) for part in self.graph.parts.values()]
-        )
+        parts = [np.asarray(WithReverses(part, self.num_relations)) for part in self.graph.parts.values()]
         return TripleIndex(np.concatenate(parts), self.num_entities, 2 * self.num_relations)
 
     @cached_property
