@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
@@ -22,6 +23,9 @@ class App:
         facts: Properties of the datamodule handed to model arguments of the same name.
         subcommands: Names of trainer methods that are commands of this app, besides the ones all apps have.
         requires: Importable package -> extra that installs it.
+        before: What is done with the command line (`AppCLI`) once its configuration is read and its run folder chosen,
+            before anything is built.
+        export_reads_data: Whether `export` needs the data itself, beyond the facts that a checkpoint keeps.
     """
 
     name: str
@@ -33,6 +37,8 @@ class App:
     facts: tuple[str, ...] = ()
     subcommands: tuple[str, ...] = ()
     requires: dict[str, str] = field(default_factory=dict)
+    before: Callable[[Any], None] | None = None
+    export_reads_data: bool = False
 
     def missing(self, found: Callable[[str], object | None] = find_spec) -> dict[str, str]:
         """Packages the app needs and this environment lacks, with the extra that installs each."""

@@ -113,10 +113,12 @@ class AppCLI(LightningCLI):
     Args:
         app: The app.
         arguments: Command line without the program's name; None for the process' own.
+        folder: Run folder of a command that is part of another one; None chooses or makes one.
     """
 
-    def __init__(self, app: App, arguments: list[str] | None = None) -> None:
+    def __init__(self, app: App, arguments: list[str] | None = None, folder: Path | None = None) -> None:
         self.app = app
+        self.inner_folder = folder
         self.checkpoint: CheckpointFacts | None = None
         self.config_files: list[ConfigFile] = []
         self.shipped_default = ConfigFile(SHIPPED / f"{app.name}.yaml", shipped=True)
@@ -262,14 +264,21 @@ class AppCLI(LightningCLI):
     # ---- from the configuration to objects
 
     def before_instantiate_classes(self) -> None:
-        """Fix the run folder."""
+        """Fix the run folder, and do what the app does before anything is built."""
         if self.subcommand in _NEED_WEIGHTS and self.checkpoint is None:
             raise UserError(f"{self.subcommand} needs trained weights: give --ckpt_path FILE, last or best")
         config = self.config[self.subcommand]
+        self.run_folder = self._open_run_folder(config)
+        if self.app.before is not None:
+            self.app.before(self)
+
+    def _open_run_folder(self, config: Any) -> RunFolder:
+        if self.inner_folder is not None:
+            return RunFolder(self.inner_folder, self.subcommand, resumed=True)
         named = [file for file in self.config_files if file.shipped] or self.config_files
         default_name = (named[0].path.stem if named else self.app.name) or self.app.name
         checkpoint = self.checkpoint.path if self.checkpoint else None
-        self.run_folder: RunFolder = open_run_folder(
+        return open_run_folder(
             Path(config.run.root),
             self.app.name,
             config.run.name or default_name,
@@ -282,6 +291,7 @@ class AppCLI(LightningCLI):
         """Build data, model and trainer; a new run folder in which nothing was written goes away with an error."""
         try:
             known = self.subcommand == "export" and self.checkpoint is not None and self.checkpoint.facts
+            known = known and not self.app.export_reads_data
             if known and "int8" not in (self.config.export.formats or []):  # which is calibrated with pictures
                 self._instantiate_without_data()
             else:

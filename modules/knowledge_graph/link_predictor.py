@@ -90,7 +90,7 @@ class LinkPredictor(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of validation."""
         scores = self._log_rankings("val", self.val_rankings)
-        self.log("val/main", scores["mrr"], prog_bar=False)
+        self.log("val/main", scores["mrr"])
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the test."""
@@ -103,8 +103,8 @@ class LinkPredictor(LightningModule, ABC):
         for name, values in scores.items():
             prefix = stage if name == "method" else f"{stage}/{name}"
             wanted = values if name == "method" else {key: values[key] for key in SHOWN}
-            self.log_dict({f"{prefix}/{key}": value.float() for key, value in wanted.items()})
-        self.log(f"{stage}/mrr", scores["method"]["mrr"].float(), prog_bar=True)
+            for key, value in wanted.items():
+                self.log(f"{prefix}/{key}", value.float(), prog_bar=(name, key) == ("method", "mrr"))
         return scores["method"]
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:

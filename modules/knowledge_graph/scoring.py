@@ -94,6 +94,10 @@ class ScoringFunction(nn.Module, ABC):
         """Distance of each head (B, ...) from its tail (B, ...) by every relation (N, relation_width): (B, N)."""
         return self._in_chunks(_by_relations, [heads, tails], relations)
 
+    def distances_of_pairs(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
+        """Distance of all pairs of some heads (B, m, ...) and relations (B, n, ...) from a tail (B, ...): (B, n, m)."""
+        return self.distance(heads.unsqueeze(1), relations.unsqueeze(2), tails[:, None, None])
+
     def table_block(self, device: torch.device) -> int:
         """How many rows of a table are best met at a time, where no gradient is needed: a block that stays in cache."""
         return max(64, rows_per_chunk(BATCH_ROWS_PER_BLOCK * self.entity_width, device))
@@ -147,6 +151,10 @@ class TransE(WholeTables):
     def distances_by_relations(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """See the base class."""
         return torch.cdist(tails - heads, relations, p=1)
+
+    def distances_of_pairs(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.cdist(tails.unsqueeze(1) - relations, heads, p=1)
 
 
 class RotatE(ScoringFunction):

@@ -1,0 +1,83 @@
+"""AnKGE: embeddings of knowledge graphs, and analogical inference on top of them."""
+
+import sys
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from callbacks import AnalogyRetriever, CompletionWriter, FrozenParameters, RankReport, atomic_text
+from datamodules import KnowledgeGraph
+from lightning_apps.app import App
+from lightning_apps.cli import AppCLI, main
+from lightning_apps.errors import UserError
+from lightning_apps.loggers import finish_wandb
+
+CONFIGURATIONS = (".yaml", ".yml")
+BASE_FOLDER, SETTINGS = "base", "settings_of_the_run.yaml"
+# What the base model's configuration says itself of its data and its trainer; the rest is that of the whole run.
+OWN_DATA = ("objective", "batch_size", "eval_batch_size", "negatives", "num_negatives", "chunk_size", "use_weight")
+SHARED_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "fast_dev_run")
+SHARED_TRAINER += ("enable_progress_bar", "enable_model_summary", "limit_train_batches", "limit_val_batches")
+
+
+def train_base(cli: AppCLI) -> None:
+    """Where `model.init_args.base` names a configuration, train that on the same data, in the folder `base` of the run.
+
+    Its best checkpoint is the base then, and the score function is that of the base unless it is given.
+    """
+    options = cli.config[cli.subcommand].model.get("init_args", {})
+    base = options.get("base")
+    if cli.subcommand != "fit" or not base:
+        return
+    if cli.checkpoint is None and str(base).endswith(CONFIGURATIONS):
+        options.base = base = _fit_base(cli, base)
+    if options.get("scoring") is None:
+        from modules.ankge import scoring_of
+
+        options.scoring = scoring_of(base)
+
+
+def _fit_base(cli: AppCLI, name: str) -> str:
+    folder = cli.run_folder.path / BASE_FOLDER
+    best = folder / "checkpoints" / "best.ckpt"
+    config = cli.plain_config()
+    data = {key: value for key, value in config["data"].get("init_args", {}).items() if key not in OWN_DATA}
+    shared = {key: config["trainer"][key] for key in SHARED_TRAINER if config["trainer"].get(key) is not None}
+    if shared.get("fast_dev_run"):
+        raise UserError("--trainer.fast_dev_run leaves no base model; set --model.base to a checkpoint of one")
+    layer: dict[str, Any] = {
+        "seed_everything": config["seed_everything"],
+        "data": {"class_path": config["data"]["class_path"], "init_args": data},
+        "trainer": shared,
+    }
+    rank_zero_info(f"AnKGE: trains the base model of {name} first, in {folder}")
+    settings = folder / SETTINGS
+    atomic_text(settings, yaml.safe_dump(layer))
+    AppCLI(cli.app, ["fit", "--config", name, "--config", str(settings)], folder=folder)
+    finish_wandb()
+    if not best.is_file():
+        raise UserError(f"{name}: the base model left no {best}; its configuration needs callbacks.checkpoint")
+    return str(best)
+
+
+APP = App(
+    name="ankge",
+    summary="AnKGE (AAAI 2023): knowledge-graph embeddings, and analogical inference on top of them",
+    model=LightningModule,
+    data=KnowledgeGraph,
+    callbacks={
+        "retriever": AnalogyRetriever,
+        "frozen": FrozenParameters,
+        "ranks": RankReport,
+        "completions": CompletionWriter,
+    },
+    writers={"completions": KnowledgeGraph},
+    facts=("num_entities", "num_relations", "graph_hash"),
+    before=train_base,
+    export_reads_data=True,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(APP))
