@@ -1,12 +1,13 @@
 """AnKGE as a LightningModule: analogy functions on the frozen embeddings of a finished model."""
 
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
 from modules.ankge.analogy import (
@@ -21,10 +22,10 @@ from modules.ankge.analogy import (
 )
 from modules.ankge.retriever import Neighbours, RetrievalSettings, retrieve
 from modules.knowledge_graph import EmbeddingTables, LinkPredictor, ScoringFunction, build_scoring
-from modules.ranking import FilteredRanking
 
 LR_DECAY = 0.1
 CONTROLS = ("base", "identity", "unlinked")
+TRIED = {"method": "level_weights", "identity": "identity_weights"}  # whose weights are chosen, and where they are kept
 PREFIX = "tables."
 EXPLAINED_BY = 20  # entities and relations that a pair is looked for among, to explain an answer
 
@@ -122,15 +123,14 @@ class AnalogicalEmbedding(LinkPredictor):
         )
         self.neighbours: Neighbours | None = None
         used = torch.tensor([float(level in levels) for level in LEVELS])
-        self.register_buffer("level_weights", torch.tensor([float(weight) for weight in level_weights]) * used)
-        self.register_buffer("identity_weights", self.level_weights.clone())
         self.register_buffer("used_levels", used, persistent=False)
-        grid = torch.tensor(list(product(*level_grid)) if level_grid else [list(level_weights)], dtype=torch.float32)
-        self.register_buffer("grid", torch.unique(grid * used, dim=0) if level_grid else grid * used, persistent=False)
-        names = ("method", "identity") if level_grid else ()
-        self.grid_rankings = nn.ModuleDict(
-            {name: FilteredRanking(ks=(), ties=ties, copies=len(self.grid)) for name in names}
-        )
+        grid = torch.unique(torch.tensor(list(product(*(level_grid or [[weight] for weight in level_weights])))), dim=0)
+        self.register_buffer("grid", grid.float() * used, persistent=False)
+        self.chosen = dict.fromkeys(TRIED, 0)
+        self.register_buffer("level_weights", self.grid[0].clone())
+        self.register_buffer("identity_weights", self.grid[0].clone())
+        if level_grid:
+            self.val_rankings = self._new_rankings({name: len(grid) for name in TRIED})
 
     def _check_options(self) -> None:
         options = self.hparams
@@ -276,40 +276,35 @@ class AnalogicalEmbedding(LinkPredictor):
         return _combined(base, levels.mul_(self.count_weights(batch)), self.level_weights)
 
     def rankings(self, batch: Any) -> dict[str, Tensor]:
-        """See the base class."""
+        """See the base class; in validation, the method and ``identity`` with each of the weights that are tried."""
         base, levels = self.level_scores(batch)
         weights = self.count_weights(batch)
         levels *= weights
-        identity = weights * base
-        if self.grid_rankings and not self.trainer.testing:
-            self._rank_grid(base, {"method": levels, "identity": identity}, batch)
-        scores = {
-            "method": _combined(base, levels, self.level_weights),
-            "base": base,
-            "identity": _combined(base, identity, self.identity_weights),
-        }
-        ranks = {name: self.filtered_ranks(value, batch) for name, value in scores.items()}
-        return ranks | {"unlinked": self.unlinked_ranks(base, batch)}
+        parts = {"method": levels, "identity": weights * base}
+        ranks = {"base": self.filtered_ranks(base, batch), "unlinked": self.unlinked_ranks(base, batch)}
+        for name, kept in TRIED.items():
+            if self.hparams.level_grid and self.trainer.validating | self.trainer.training:
+                tried = [self.filtered_ranks(_combined(base, parts[name], lambdas), batch) for lambdas in self.grid]
+                ranks[name] = torch.stack(tried)
+            else:
+                ranks[name] = self.filtered_ranks(_combined(base, parts[name], getattr(self, kept)), batch)
+        return ranks
 
-    def _rank_grid(self, base: Tensor, parts: dict[str, Tensor], batch: Any) -> None:
-        for name, levels in parts.items():
-            ranks = [self.filtered_ranks(_combined(base, levels, weights), batch) for weights in self.grid]
-            self.grid_rankings[name].update_ranks(torch.stack(ranks))
-
-    def on_validation_epoch_end(self) -> None:
-        """Choose the weights of the levels, and log the metrics."""
-        for name, chosen in (("method", self.level_weights), ("identity", self.identity_weights)):
-            if name not in self.grid_rankings:
-                continue
-            scores = self.grid_rankings[name].compute()["mrr"].reshape(-1)
-            best = int(scores.argmax())
-            chosen.copy_(self.grid[best])
+    def on_scores(self, stage: str, scores: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Choose the weights that are best on validation."""
+        if stage != "val" or not self.hparams.level_grid:
+            return
+        for name, kept in TRIED.items():
+            self.chosen[name] = int(scores[name]["mrr"].reshape(-1).argmax())
+            getattr(self, kept).copy_(self.grid[self.chosen[name]])
             prefix = "val" if name == "method" else f"val/{name}"
-            self.log(f"{prefix}/best_of_grid", scores[best].float())
-            for level, weight in zip(LEVELS, chosen, strict=True):
+            for level, weight in zip(LEVELS, getattr(self, kept), strict=True):
                 self.log(f"{prefix}/weight_{level}", weight)
-            self.grid_rankings[name].reset()
-        super().on_validation_epoch_end()
+
+    def pick(self, name: str, values: Tensor) -> Tensor:
+        """See the base class; ranks of a batch are those of the weights that were the best before."""
+        tried = name in TRIED and self.hparams.level_grid and values.ndim and len(values) == len(self.grid)
+        return values[self.chosen[name]] if tried and not self.trainer.testing else values
 
     # ---- what is done with it
 

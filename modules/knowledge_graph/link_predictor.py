@@ -45,10 +45,10 @@ class LinkPredictor(LightningModule, ABC):
         self.val_rankings = self._new_rankings()
         self.test_rankings = self._new_rankings()
 
-    def _new_rankings(self) -> nn.ModuleDict:
-        groups = {"method": (*SIDES, *CATEGORIES)} | dict.fromkeys(self.controls, ())
+    def _new_rankings(self, copies: Mapping[str, int] | None = None) -> nn.ModuleDict:
+        copies, groups = copies or {}, {"method": (*SIDES, *CATEGORIES)} | dict.fromkeys(self.controls, ())
         return nn.ModuleDict(
-            {name: FilteredRanking(ks=HITS, ties=self.ties, groups=group) for name, group in groups.items()}
+            {name: FilteredRanking(HITS, self.ties, group, copies.get(name)) for name, group in groups.items()}
         )
 
     @abstractmethod
@@ -57,7 +57,11 @@ class LinkPredictor(LightningModule, ABC):
 
     @abstractmethod
     def rankings(self, batch: Any) -> dict[str, Tensor]:
-        """Ranks (B,) of the targets by name: ``method``, and each of the controls."""
+        """Ranks (B,) of the targets by name: ``method``, and each of the controls; (G, B) where ways are tried out."""
+
+    def pick(self, name: str, values: Tensor) -> Tensor:
+        """The one way that counts, of values (G, ...) that were found in G ways; others are returned as they are."""
+        return values
 
     def filtered_ranks(self, scores: Tensor, batch: Any) -> Tensor:
         """Rank (B,) of each target in scores (B, E), other true tails left out."""
@@ -85,7 +89,8 @@ class LinkPredictor(LightningModule, ABC):
         groups = torch.cat([sides, torch.nn.functional.one_hot(batch.category, len(CATEGORIES))], dim=1).bool()
         for name, values in ranks.items():
             metrics[name].update_ranks(values, groups if name == "method" else None)
-        return {"index": batch.index, "relations": batch.relations} | {f"rank_{key}": ranks[key] for key in ranks}
+        own = {f"rank_{name}": self.pick(name, values) for name, values in ranks.items()}
+        return {"index": batch.index, "relations": batch.relations} | own
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of validation."""
@@ -100,12 +105,19 @@ class LinkPredictor(LightningModule, ABC):
         scores = {name: metric.compute() for name, metric in metrics.items()}
         for metric in metrics.values():
             metric.reset()
+        self.on_scores(stage, scores)
+        scores = {
+            name: {key: self.pick(name, value) for key, value in values.items()} for name, values in scores.items()
+        }
         for name, values in scores.items():
             prefix = stage if name == "method" else f"{stage}/{name}"
             wanted = values if name == "method" else {key: values[key] for key in SHOWN}
             for key, value in wanted.items():
                 self.log(f"{prefix}/{key}", value.float(), prog_bar=(name, key) == ("method", "mrr"))
         return scores["method"]
+
+    def on_scores(self, stage: str, scores: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Called with the scores of each ranking before they are logged, the same on all ranks."""
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """The best tails of each query.
