@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.batches import LinkQueryBatch, TripleBatch
 from datamodules.negative_sampling import Kind, NegativeSampler
 from datamodules.readers.label_tables import read_table, row_name
+from datamodules.readers.mapped_graph import MappedGraph
+from datamodules.readers.pyg_graph import Name, PygGraph
 from datamodules.readers.triples import COLUMNS, Graph, TripleFolder
 from datamodules.readers.world_graph import WorldGraph
 from datamodules.repeatable_loaders import RepeatableLoaders, check_at_least
 from datamodules.sampling import BatchKey, EvaluationArraySampler, TrainArraySampler
-from datamodules.triple_index import Gathered, TripleIndex, WithReverses, row_keys
+from datamodules.triple_index import Gathered, TripleIndex, WithReverses
 
 Layout = Literal["world", "tsv", "pyg"]
 PARTS = ("train", "val", "test")
@@ -73,12 +75,19 @@ class LinkQueries(Dataset):
         index: Training triples with reverses.
         known: All triples with reverses, whose tails are right answers.
         category: (R,) int64 kind of each relation.
+        counts: Give ``linked`` and ``seen``; otherwise they are empty.
     """
 
     def __init__(
-        self, triples: np.ndarray | WithReverses, index: TripleIndex, known: TripleIndex, category: np.ndarray
+        self,
+        triples: np.ndarray | WithReverses,
+        index: TripleIndex,
+        known: TripleIndex,
+        category: np.ndarray,
+        counts: bool = True,
     ) -> None:
-        self.triples, self.index, self.known, self.category = triples, index, known, category
+        self.triples, self.index, self.known = triples, index, known
+        self.category, self.counts = category, counts
 
     def __len__(self) -> int:
         return len(self.triples)
@@ -88,7 +97,10 @@ class LinkQueries(Dataset):
         heads, relations, tails = np.ascontiguousarray(self.triples[key.rows].T)
         known = self.known.tails_of(heads, relations)
         others = known.values != tails[known.rows]
-        linked, seen = self.index.linked.gather(heads), self.index.seen.gather(relations)
+        nothing = np.empty(0, dtype=np.int64)
+        linked = seen = Gathered(nothing, nothing, nothing)
+        if self.counts:
+            linked, seen = self.index.linked.gather(heads), self.index.seen.gather(relations)
         return LinkQueryBatch(
             *map(torch.from_numpy, (heads, relations, tails, key.rows)),
             torch.from_numpy(self.category[relations % len(self.category)]),
@@ -128,6 +140,8 @@ class KnowledgeGraph(RepeatableLoaders):
         use_weight: Weigh triples by how often their parts occur, section 1 of the specification.
         unseen: What happens to held-out triples with an entity or relation that training lacks: ``error``, ``keep`` or
             ``drop``.
+        query_counts: Say in each query which entities are linked to its head and seen with its relation, as AnKGE and
+            its controls need; without that, large graphs are evaluated with less memory.
         memory_map: Keep the parsed triples in a file that is read where needed, for graphs that memory would not hold.
         cache: Folder of that file; None puts it beside the data.
         num_workers: Loading processes; None for 0, as a batch is made of arrays in a few milliseconds.
@@ -149,7 +163,7 @@ class KnowledgeGraph(RepeatableLoaders):
         self,
         layout: Layout = "world",
         root: str | None = None,
-        name: Literal["FB15k-237", "WN18RR"] = "FB15k-237",
+        name: Name = "FB15k-237",
         world_cities: int = 2000,
         objective: Literal["links", "analogies"] = "links",
         batch_size: int = 1024,
@@ -159,6 +173,7 @@ class KnowledgeGraph(RepeatableLoaders):
         chunk_size: int = 128,
         use_weight: bool = False,
         unseen: Literal["error", "keep", "drop"] = "keep",
+        query_counts: bool = True,
         memory_map: bool = False,
         cache: str | None = None,
         num_workers: int | None = None,
@@ -173,11 +188,18 @@ class KnowledgeGraph(RepeatableLoaders):
         self._check_options()
         self.reader = self.make_reader()
 
-    def make_reader(self) -> TripleFolder | WorldGraph:
+    def make_reader(self) -> WorldGraph | TripleFolder | PygGraph | MappedGraph:
         """Return the reader of the chosen layout."""
         options = self.hparams
         if options.layout == "world":
             return WorldGraph(options.world_cities, options.split_seed)
+        reader = self._file_reader()
+        return MappedGraph(reader, options.cache) if options.memory_map else reader
+
+    def _file_reader(self) -> TripleFolder | PygGraph:
+        options = self.hparams
+        if options.layout == "pyg":
+            return PygGraph(options.root, options.name)
         if options.root is None:
             raise ValueError(
                 "layout 'tsv' needs a folder; set --data.root to that of train.txt, valid.txt and test.txt"
@@ -190,6 +212,15 @@ class KnowledgeGraph(RepeatableLoaders):
         check_at_least(options, {"world_cities": 0, "num_workers": 0, "seed": 0, "split_seed": 0})
         if options.layout not in get_args(Layout):
             raise ValueError(f"layout '{options.layout}' is unknown; expected one of {', '.join(get_args(Layout))}")
+
+        if options.memory_map and options.layout == "world":
+            raise ValueError(
+                "memory_map is for graphs in files; set --data.layout to tsv or pyg, or memory_map to false"
+            )
+
+    def prepare_data(self) -> None:
+        """Download what is missing, and parse what is to be memory-mapped."""
+        self.reader.prepare()
 
     # Facts
 
@@ -239,10 +270,9 @@ class KnowledgeGraph(RepeatableLoaders):
             rank_zero_warn(f"{graph.duplicates} training triples repeat an earlier one and are left out")
         parts = {"train": graph.parts["train"]}
         trained = self._trained(graph)
-        keys = row_keys(parts["train"], self.num_entities, self.num_relations)
         for part in ("val", "test"):
             parts[part] = self._held_out(part, graph.parts[part], trained)
-            twice = int(np.isin(row_keys(parts[part], self.num_entities, self.num_relations), keys).sum())
+            twice = int(self.index.contains(parts[part]).sum())
             if twice:
                 rank_zero_warn(
                     f"{twice} of {len(parts[part])} {TITLES[part]} triples are training triples too, so that results "
@@ -252,8 +282,9 @@ class KnowledgeGraph(RepeatableLoaders):
 
     @cached_property
     def train_triples(self) -> np.ndarray | WithReverses:
-        """(T, 3) int64 training triples, reversed ones last."""
-        return np.asarray(WithReverses(self.splits["train"], self.num_relations))
+        """(T, 3) int64 training triples, reversed ones last; worked out when asked for with ``memory_map``."""
+        triples = WithReverses(self.graph.parts["train"], self.num_relations)
+        return triples if self.hparams.memory_map else np.asarray(triples)
 
     @cached_property
     def index(self) -> TripleIndex:
@@ -263,8 +294,8 @@ class KnowledgeGraph(RepeatableLoaders):
     @cached_property
     def known(self) -> TripleIndex:
         """All triples in both directions: right answers that are not counted as mistakes."""
-        parts = [np.asarray(WithReverses(part, self.num_relations)) for part in self.graph.parts.values()]
-        return TripleIndex(np.concatenate(parts), self.num_entities, 2 * self.num_relations)
+        triples = WithReverses(np.concatenate(list(self.graph.parts.values())), self.num_relations)
+        return TripleIndex(triples, self.num_entities, 2 * self.num_relations)
 
     @cached_property
     def relation_category(self) -> np.ndarray:
@@ -322,7 +353,8 @@ class KnowledgeGraph(RepeatableLoaders):
 
     def queries(self, part: str) -> LinkQueries:
         """The queries of ``train``, ``val``, ``test`` or ``predict`` without a loader."""
-        return LinkQueries(self._queried(part), self.index, self.known, self.relation_category)
+        counts = self.hparams.query_counts
+        return LinkQueries(self._queried(part), self.index, self.known, self.relation_category, counts)
 
     def query_names(self, index: Tensor | np.ndarray, part: str = "predict") -> list[dict[str, str]]:
         """Say what queries ask for.

@@ -91,14 +91,16 @@ class NegativeSampler:
 
     def _known(self, heads: np.ndarray, relations: np.ndarray, entities: np.ndarray) -> np.ndarray:
         """(B, K) whether an entity is a known tail of the row's head and relation."""
-        known = self.index.tails_of(heads, relations)
+        # a head with many tails is likely to be in the batch more than once
+        pairs, pair_of_row = np.unique(self.index.key(heads, relations), return_inverse=True)
+        known = self.index.tails.gather(pairs)
         self._places[entities] = np.arange(len(entities))
         places = self._places[known.values]
         self._places[entities] = -1
         hits = places >= 0
-        excluded = np.zeros((len(heads), len(entities)), dtype=bool)
+        excluded = np.zeros((len(pairs), len(entities)), dtype=bool)
         excluded[known.rows[hits], places[hits]] = True
-        return excluded
+        return excluded[pair_of_row]
 
     def _unknown_tails(self, heads: np.ndarray, relations: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """(B, K) entities, each uniform over those that are no known tail of the row.

@@ -63,6 +63,17 @@ class Groups:
         rows = np.repeat(np.arange(len(keys)), lengths)
         return Gathered(rows, self.values[places], None if self.counts is None else self.counts[places])
 
+    def contains(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """(B,) whether each value, (B,) int64, is among those of its key, (B,) int64."""
+        low, lengths = self._bounds(keys)
+        end = high = low + lengths
+        last = len(self.values) - 1
+        while (open_ := low < high).any():  # halves all ranges at once
+            middle = (low + high) // 2
+            below = open_ & (self.values[np.minimum(middle, last)] < values)
+            low, high = np.where(below, middle + 1, low), np.where(open_ & ~below, middle, high)
+        return (low < end) & (self.values[np.minimum(low, last)] == values) if last >= 0 else low < end
+
     def _bounds(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Start and number of the values of each key."""
         if not len(self.keys):
@@ -159,6 +170,11 @@ class TripleIndex:
     def tail_counts(self, heads: np.ndarray, relations: np.ndarray) -> np.ndarray:
         """(B,) int64 number of tails of a batch of (head, relation), each (B,) int64."""
         return self.tails.lengths_of(self.key(heads, relations))
+
+    def contains(self, triples: np.ndarray) -> np.ndarray:
+        """(B,) whether each of these triples, (B, 3) int64, is one of the index."""
+        heads, relations, tails = triples.T
+        return self.tails.contains(self.key(heads, relations), tails)
 
     def full_pair(self) -> tuple[int, int] | None:
         """The first (head, relation) that has every entity as a tail, or None."""

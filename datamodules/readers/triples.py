@@ -94,6 +94,9 @@ class TripleFolder:
         """All files that the graph is read from."""
         return [*self.files.values(), *(path for path in self.dictionaries if path is not None)]
 
+    def prepare(self) -> None:
+        """Nothing is to be downloaded."""
+
     def read(self) -> Graph:
         """Read the graph.
 

@@ -54,6 +54,9 @@ class WorldGraph:
     def __init__(self, cities: int = 2000, seed: int = 0) -> None:
         self.cities, self.seed = cities, seed
 
+    def prepare(self) -> None:
+        """Nothing is to be downloaded."""
+
     def read(self) -> Graph:
         """Read the tables, and split what they say."""
         groups = self._facts()
