@@ -4,6 +4,7 @@ A broadcast of (B, 1, D) against (1, N, D) writes and reads B x N x D numbers se
 fit are done at a time, and the backward pass computes the differences anew: memory does not grow with B x N x D.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,10 +108,12 @@ class _SumOfModuli(Function):
         queries, table = ctx.saved_tensors
         real, imaginary = (part.contiguous() for part in table.chunk(2, dim=-1))
         chunk = rows_per_chunk(2 * real.numel(), queries.device)
+        # Squares of differences below this are 0; a smaller bound would make those differences huge gradients.
+        smallest = math.sqrt(torch.finfo(queries.dtype).tiny)
         of_queries, of_real, of_imaginary = [], torch.zeros_like(real), torch.zeros_like(imaginary)
         for part, part_gradient in zip(queries.split(chunk), gradient.split(chunk), strict=True):
             first, second, modulus = _differences(part, real, imaginary)
-            scale = torch.div(part_gradient.unsqueeze(-1), modulus.clamp_(min=torch.finfo(modulus.dtype).tiny))
+            scale = torch.div(part_gradient.unsqueeze(-1), modulus.clamp_(min=smallest))
             first.mul_(scale)
             second.mul_(scale)
             of_queries.append(torch.cat([first.sum(1), second.sum(1)], dim=-1))
