@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_apps.checkpoints import read_checkpoint
+from lightning_apps.embedding_export import check_embedding_formats, check_network_formats, export_embeddings
 from lightning_apps.errors import UserError
 from lightning_apps.exporting import check_quantized_formats, export_network
 
@@ -110,7 +111,7 @@ class AppTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         output: str | None = None,
-        formats: list[Literal["onnx", "safetensors", "pt2", "int8", "packed"]] | None = None,
+        formats: list[Literal["onnx", "safetensors", "pt2", "int8", "packed", "npz", "parquet"]] | None = None,
         opset: int = 18,
         tolerance: float = 1e-4,
         calibration_images: int = 128,
@@ -120,16 +121,18 @@ class AppTrainer(Trainer):
         """Write the deployable network as ONNX or a torch.export program, checked against torch, and as safetensors.
 
         A network with quantizers is written with its quantized weights, and can be written in their bits, and for int8
-        kernels.
+        kernels. Embeddings of a graph are written as tables with the names of their rows.
 
         Args:
-            model: A module with `deployable_network()`.
-            datamodule: Only used for `int8`: what the data said of itself is in the checkpoint.
+            model: A module with `deployable_network()`, or with `embedding_tables()`.
+            datamodule: Only used for `int8` and for the names of embeddings: what the data said of itself is in the
+                checkpoint.
             ckpt_path: Checkpoint with the weights.
             output: Folder to write to; by default `export/` of the run.
             formats: What to write: `onnx`, `safetensors`, `pt2` (torch.export), and of quantized networks `packed`
                 (safetensors with each weight in its bits) and `int8` (ONNX for integer kernels, 8 bits for each weight
-                of 2..8 bits); by default the first two.
+                of 2..8 bits); by default the first two. Of embeddings `npz`, `parquet` and `safetensors`; by default
+                `npz` and `safetensors`.
             opset: ONNX operator set.
             tolerance: Largest allowed difference between written and original outputs, relative to the largest output;
                 of `int8` the agreement is told instead.
@@ -142,19 +145,25 @@ class AppTrainer(Trainer):
             The file of each format.
 
         Raises:
-            UserError: The module cannot be exported, a package is missing, the outputs differ, or the network has no
-                bits for `int8` and `packed`.
+            UserError: The module cannot be exported, a format is not for such a module, a package is missing, the
+                outputs differ, or the network has no bits for `int8` and `packed`.
         """
+        folder, facts = Path(output or self.default_root_dir), getattr(self, "export_facts", {})
+        if hasattr(model, "embedding_tables"):
+            check_embedding_formats(model, formats or ())
+            load_weights(self, model, ckpt_path, weights_only)
+            return export_embeddings(model, datamodule, facts, folder, formats)
         if not hasattr(model, "deployable_network"):
             raise UserError(f"{type(model).__name__} offers no deployable_network() to export")
-        load_weights(self, model, ckpt_path, weights_only)
         formats = formats or ["onnx", "safetensors"]
+        check_network_formats(model, formats)
+        load_weights(self, model, ckpt_path, weights_only)
         network = model.deployable_network()
         check_quantized_formats(network, formats)
         return export_network(
             network,
-            getattr(self, "export_facts", {}),
-            Path(output or self.default_root_dir),
+            facts,
+            folder,
             formats=formats,
             opset=opset,
             tolerance=tolerance,
