@@ -1,21 +1,24 @@
 """AnKGE: embeddings of knowledge graphs, and analogical inference on top of them."""
 
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks import AnalogyRetriever, CompletionWriter, FrozenParameters, RankReport, atomic_text
+from callbacks import AnalogyRetriever, CompletionWriter, FrozenParameters, RankReport
 from datamodules import KnowledgeGraph
 from lightning_apps.app import App
 from lightning_apps.cli import AppCLI, main
+from lightning_apps.config_files import find_config
 from lightning_apps.errors import UserError
 from lightning_apps.loggers import finish_wandb
 
 CONFIGURATIONS = (".yaml", ".yml")
-BASE_FOLDER, SETTINGS = "base", "settings_of_the_run.yaml"
+BASE_FOLDER, BEST = "base", "checkpoints/best.ckpt"
 # What the base model's configuration says itself of its data and its trainer; the rest is that of the whole run.
 OWN_DATA = ("objective", "batch_size", "eval_batch_size", "negatives", "num_negatives", "chunk_size", "use_weight")
 SHARED_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "fast_dev_run")
@@ -28,20 +31,34 @@ def train_base(cli: AppCLI) -> None:
     Its best checkpoint is the base then, and the score function is that of the base unless it is given.
     """
     options = cli.config[cli.subcommand].model.get("init_args", {})
-    base = options.get("base")
-    if cli.subcommand != "fit" or not base:
+    if cli.subcommand != "fit" or "base" not in options:
         return
-    if cli.checkpoint is None and str(base).endswith(CONFIGURATIONS):
-        options.base = base = _fit_base(cli, base)
+    if cli.inner_folder is not None:
+        raise UserError(
+            "--model.base: names a configuration of AnKGE itself; give that of a base model, such as "
+            "ankge/transe_world.yaml, or a checkpoint of one"
+        )
+    if cli.checkpoint is None:
+        options.base = _base_checkpoint(cli, options.base)
     if options.get("scoring") is None:
         from modules.ankge import scoring_of
 
-        options.scoring = scoring_of(base)
+        options.scoring = scoring_of(options.base)
+
+
+def _base_checkpoint(cli: AppCLI, base: str | None) -> str:
+    if not base:
+        raise UserError("--model.base: is not set; give the configuration of a base model, or a checkpoint of one")
+    if base.endswith(CONFIGURATIONS):
+        return _fit_base(cli, base)
+    return str(Path(base) / BEST) if Path(base).is_dir() else base
 
 
 def _fit_base(cli: AppCLI, name: str) -> str:
-    folder = cli.run_folder.path / BASE_FOLDER
-    best = folder / "checkpoints" / "best.ckpt"
+    try:
+        find_config(name, cli.app.name)
+    except UserError as error:
+        raise UserError(str(error).replace("--config", "--model.base", 1)) from error
     config = cli.plain_config()
     data = {key: value for key, value in config["data"].get("init_args", {}).items() if key not in OWN_DATA}
     shared = {key: config["trainer"][key] for key in SHARED_TRAINER if config["trainer"].get(key) is not None}
@@ -52,11 +69,14 @@ def _fit_base(cli: AppCLI, name: str) -> str:
         "data": {"class_path": config["data"]["class_path"], "init_args": data},
         "trainer": shared,
     }
+    folder = cli.run_folder.path / BASE_FOLDER
     rank_zero_info(f"AnKGE: trains the base model of {name} first, in {folder}")
-    settings = folder / SETTINGS
-    atomic_text(settings, yaml.safe_dump(layer))
-    AppCLI(cli.app, ["fit", "--config", name, "--config", str(settings)], folder=folder)
+    with TemporaryDirectory() as temporary:
+        settings = Path(temporary, "settings_of_the_run.yaml")
+        settings.write_text(yaml.safe_dump(layer), encoding="utf-8")
+        AppCLI(cli.app, ["fit", "--config", name, "--config", str(settings)], folder=folder)
     finish_wandb()
+    best = folder / BEST
     if not best.is_file():
         raise UserError(f"{name}: the base model left no {best}; its configuration needs callbacks.checkpoint")
     return str(best)
@@ -75,6 +95,7 @@ APP = App(
     },
     writers={"completions": KnowledgeGraph},
     facts=("num_entities", "num_relations", "graph_hash"),
+    identity=("graph_hash",),
     before=train_base,
     export_reads_data=True,
 )

@@ -21,6 +21,8 @@ class App:
         writers: Named callbacks that write predictions, and the datamodules that `predict` uses each of them for unless
             the configuration names a writer; other data gets a table of predictions.
         facts: Properties of the datamodule handed to model arguments of the same name.
+        identity: Facts that say what the weights stand for: a checkpoint of data with others is refused, even where its
+            weights would fit.
         subcommands: Names of trainer methods that are commands of this app, besides the ones all apps have.
         requires: Importable package -> extra that installs it.
         before: What is done with the command line (`AppCLI`) once its configuration is read and its run folder chosen,
@@ -35,6 +37,7 @@ class App:
     callbacks: dict[str, type[Callback]] = field(default_factory=dict)
     writers: dict[str, type[LightningDataModule]] = field(default_factory=dict)
     facts: tuple[str, ...] = ()
+    identity: tuple[str, ...] = ()
     subcommands: tuple[str, ...] = ()
     requires: dict[str, str] = field(default_factory=dict)
     before: Callable[[Any], None] | None = None

@@ -33,7 +33,14 @@ from lightning_apps.config_files import SHIPPED, ConfigFile, find_config, read_c
 from lightning_apps.errors import UserError, run_reporting_errors
 from lightning_apps.loggers import NAMES as LOGGER_NAMES
 from lightning_apps.loggers import MetricsFile, choose_loggers, finish_wandb
-from lightning_apps.run_folder import ENVIRONMENT, RunFolder, RunRecorder, open_run_folder, resolve_checkpoint
+from lightning_apps.run_folder import (
+    ENVIRONMENT,
+    RunFolder,
+    RunRecorder,
+    open_inner_folder,
+    open_run_folder,
+    resolve_checkpoint,
+)
 from lightning_apps.trainer import AppTrainer
 
 SHARED_CALLBACKS: dict[str, type[Callback]] = {
@@ -270,11 +277,15 @@ class AppCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.run_folder = self._open_run_folder(config)
         if self.app.before is not None:
-            self.app.before(self)
+            try:
+                self.app.before(self)
+            except BaseException:
+                self.run_folder.discard_if_empty()
+                raise
 
     def _open_run_folder(self, config: Any) -> RunFolder:
         if self.inner_folder is not None:
-            return RunFolder(self.inner_folder, self.subcommand, resumed=True)
+            return open_inner_folder(self.inner_folder, self.app.name, self.subcommand)
         named = [file for file in self.config_files if file.shipped] or self.config_files
         default_name = (named[0].path.stem if named else self.app.name) or self.app.name
         checkpoint = self.checkpoint.path if self.checkpoint else None
@@ -305,6 +316,8 @@ class AppCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; weights that do not fit are told with what the data and the checkpoint say of themselves."""
+        if self.checkpoint is not None:
+            self._check_identity()
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
@@ -312,12 +325,24 @@ class AppCLI(LightningCLI):
                 raise
             raise UserError(self._misfit(str(error))) from error
 
-    def _misfit(self, message: str) -> str:
-        differences = [
-            f"{name}: {value} in the checkpoint, {self.facts[name]} in the data"
+    def _check_identity(self) -> None:
+        used, before = self.facts, self.checkpoint.facts
+        if any(name in before and before[name] != used.get(name) for name in self.app.identity):
+            raise UserError(
+                f"--ckpt_path {self.checkpoint.path}: was trained on other data ({'; '.join(self._other_facts())}), so "
+                "its weights stand for other things; give the data that it was trained on"
+            )
+
+    def _other_facts(self) -> list[str]:
+        """Facts of the data that are not those of the checkpoint."""
+        return [
+            f"{name}: {value} in the checkpoint, {self.facts.get(name)} in the data"
             for name, value in self.checkpoint.facts.items()
             if not isinstance(value, list) and self.facts.get(name) != value
         ]
+
+    def _misfit(self, message: str) -> str:
+        differences = self._other_facts()
         told = f"\nIt was trained on other data ({'; '.join(differences)})." if differences else ""
         before, used = self.checkpoint.config.get("model") or {}, self.plain_config().get("model") or {}
         if settings := conflicts(before, used, prefix="model."):

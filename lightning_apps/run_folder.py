@@ -136,9 +136,20 @@ def open_run_folder(
     _announce_choice(root / app, path)
     folder = RunFolder(path, subcommand, resumed=existing is not None)
     if existing is None:
-        record = {"app": app, "name": path.name, "created": datetime.now(UTC).isoformat(timespec="seconds")}
-        atomic_text(path / RECORD, json.dumps({**record, "command": shlex.join(sys.argv)}, indent=2) + "\n")
+        _write_record(path, app, path.name)
     return folder
+
+
+def open_inner_folder(path: Path, app: str, subcommand: str) -> RunFolder:
+    """The folder of a run that is part of another one, in whose folder it lies: it can be resumed as one of its own."""
+    if is_main_process():
+        _write_record(path, app, f"{path.parent.name}-{path.name}")
+    return RunFolder(path, subcommand, resumed=False)
+
+
+def _write_record(path: Path, app: str, name: str) -> None:
+    record = {"app": app, "name": name, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    atomic_text(path / RECORD, json.dumps({**record, "command": shlex.join(sys.argv)}, indent=2) + "\n")
 
 
 def _make_folder(parent: Path, name: str) -> Path:
