@@ -21,9 +21,9 @@ QUERY = ("head", "relation", "tail")
 class CompletionWriter(Callback):
     """Writes the answers of a link predictor, one a line: the completed triple, its rank and score.
 
-    ``known`` says whether the triple is in the data already. Where the module names analogical objects, three columns
-    tell those of the answer: an entity like the one that was given, a relation like the one that was asked for, and a
-    pair of both.
+    ``known`` says whether the triple is in the data already, as the right answer of one of its own queries is. Where
+    the module names analogical objects, three columns tell those of the answer: an entity like the one that was given,
+    a relation like the one that was asked for, and a pair of both.
 
     ``predict_step`` returns ``index`` (B,), ``entities`` (B, k), ``scores`` (B, k) and ``known`` (B, k); the datamodule
     has ``query_names(index)``, ``entity_names``, ``relation_names`` and ``queries("predict").triples`` (n, 3).
@@ -83,8 +83,8 @@ class CompletionWriter(Callback):
         for number, query in enumerate(asked):
             missing = "head" if query["side"] == "head" else "tail"
             for place in range(answers):
-                triple = {key: query[key] for key in QUERY}
-                triple[missing] = data.entity_names[int(rows["entities"][number, place])]
+                answer = data.entity_names[int(rows["entities"][number, place])]
+                triple = {key: query[key] for key in QUERY} | {missing: answer}
                 lines.append(
                     {
                         "query": int(rows["index"][number]),
@@ -92,7 +92,7 @@ class CompletionWriter(Callback):
                         "answer": missing,
                         "rank": place + 1,
                         "score": float(rows["scores"][number, place]),
-                        "known": bool(rows["known"][number, place]),
+                        "known": bool(rows["known"][number, place]) or answer == query[missing],
                     }
                 )
         if self.explanations:
