@@ -131,5 +131,7 @@ class LinkPredictor(LightningModule, ABC):
         rows, columns = batch.known
         known = torch.zeros_like(scores, dtype=torch.bool)
         known[rows, columns] = True
+        answered = batch.tails >= 0  # the right answer of a query is not among the known ones
+        known[answered, batch.tails[answered]] = True
         answers = {"index": batch.index, "entities": best.indices, "scores": best.values}
         return answers | {"known": known.gather(1, best.indices)}
