@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -131,13 +132,8 @@ def retrieve(
     found: list[Neighbours] = []
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
-        heads, distances = _best_heads(tables, part, settings)
-        members = order[bounds[start] : bounds[start + len(part)]]
-        for rows in members.split(TRIPLES_AT_ONCE if triples.device.type == "cpu" else LARGE_TRIPLES_AT_ONCE):
-            within = group_of[rows] - start
-            found.append(_of_triples(tables, triples[rows], heads[within], distances[within], relation_lists, rows))
-            if progress is not None:
-                progress(len(rows))
+        heads = _Heads(*_best_heads(tables, part, settings), bounds[start : start + len(part) + 1].tolist())
+        found += _of_groups(tables, triples, order, heads, relation_lists, progress)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return Neighbours(*(torch.cat(parts)[inverse] for parts in zip(*found, strict=True)))
@@ -178,21 +174,80 @@ class _RelationLists:
         return self.relations[pairs].long(), self.distances[pairs]
 
 
+class _Heads(NamedTuple):
+    """The best heads (G, m) of some (relation, tail) pairs, and the bounds of each pair's triples in the order."""
+
+    ids: Tensor
+    distances: Tensor
+    bounds: list[int]
+
+
+def _of_groups(
+    tables: EmbeddingTables,
+    triples: Tensor,
+    order: Tensor,
+    heads: _Heads,
+    relation_lists: _RelationLists,
+    progress: Callable[[int], Any] | None,
+) -> list[Neighbours]:
+    """Neighbours of the triples of some (relation, tail) pairs, in their order.
+
+    Triples of one pair have their candidate heads in common. Where there are so many of them that their relations would
+    be more than there are relations at all, the distances of all relations are taken once.
+    """
+    found = []
+    at_once = TRIPLES_AT_ONCE if triples.device.type == "cpu" else LARGE_TRIPLES_AT_ONCE
+    many = len(tables.relations) // relation_lists.settings.candidate_relations
+    sizes = [end - begin for begin, end in pairwise(heads.bounds)]
+    for large, run in groupby(range(len(sizes)), key=lambda group: sizes[group] > many):
+        groups = list(run)
+        for part in ([group] for group in groups) if large else (groups,):
+            rows = order[heads.bounds[part[0]] : heads.bounds[part[-1] + 1]]
+            group_of = torch.repeat_interleave(
+                torch.tensor(part, device=order.device),
+                torch.tensor([sizes[group] for group in part], device=order.device),
+            )
+            table = _all_relations(tables, triples[rows[:1]], heads.ids[part]) if large else None
+            # Where the table is there already, rows are only looked up: many of them at a time.
+            size = at_once * 8 if large else at_once
+            for some, group in zip(rows.split(size), group_of.split(size), strict=True):
+                candidates = heads.ids[group], heads.distances[group]
+                found.append(_of_triples(tables, triples[some], candidates, relation_lists, some, table))
+                if progress is not None:
+                    progress(len(some))
+    return found
+
+
+def _all_relations(tables: EmbeddingTables, triple: Tensor, heads: Tensor) -> Tensor:
+    """Distances (2R, m) of one tail by every relation from candidate heads (1, m)."""
+    blocks = tables.relations.split(rows_per_chunk(heads.numel() * tables.scoring.entity_width, heads.device))
+    own, tail = tables.entities[heads], tables.entities[triple[:, 2]]
+    return torch.cat([tables.scoring.distances_of_pairs(own, block[None], tail)[0] for block in blocks])
+
+
 def _of_triples(
     tables: EmbeddingTables,
     triples: Tensor,
-    heads: Tensor,
-    head_distances: Tensor,
+    candidates: tuple[Tensor, Tensor],
     relation_lists: _RelationLists,
     rows: Tensor,
+    table: Tensor | None,
 ) -> Neighbours:
+    """Neighbours of triples from their candidate heads; the table holds distances of these by all relations."""
     settings = relation_lists.settings
+    heads, head_distances = candidates
+    places = torch.arange(heads.shape[1], device=heads.device).expand_as(heads)
     relations, relation_distances = relation_lists.of(rows)
     if settings.exclude_original:
-        heads, head_distances = _without(triples[:, :1], heads, head_distances)
-        relations, relation_distances = _without(triples[:, 1:2], relations, relation_distances)
+        places, heads, head_distances = _without(triples[:, :1], heads, places, heads, head_distances)
+        relations, relation_distances = _without(triples[:, 1:2], relations, relations, relation_distances)
     m, n = settings.candidate_entities, settings.candidate_relations
-    pairs = pair_distances(tables.scoring, tables.entities, tables.relations, heads[:, :m], relations[:, :n], triples)
+    if table is None:
+        pairs = pair_distances(
+            tables.scoring, tables.entities, tables.relations, heads[:, :m], relations[:, :n], triples
+        )
+    else:
+        pairs = table[relations[:, :n].unsqueeze(2), places[:, None, :m]]
     best = pairs.flatten(1).topk(settings.pairs, dim=1, largest=False)
     chosen_relation, chosen_head = best.indices // m, best.indices % m
     return Neighbours(
@@ -206,10 +261,10 @@ def _of_triples(
     )
 
 
-def _without(own: Tensor, candidates: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave the own one out of each row; where it is not in the list, the worst goes."""
+def _without(own: Tensor, candidates: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Leave the place of the own one out of each row; where it is not among the candidates, the worst goes."""
     order = torch.argsort(candidates == own, dim=1, stable=True)[:, :-1]
-    return candidates.gather(1, order), distances.gather(1, order)
+    return tuple(other.gather(1, order) for other in others)
 
 
 def pair_distances(
