@@ -76,6 +76,7 @@ def _fit_base(cli: AppCLI, name: str) -> str:
         settings.write_text(yaml.safe_dump(layer), encoding="utf-8")
         AppCLI(cli.app, ["fit", "--config", name, "--config", str(settings)], folder=folder)
     finish_wandb()
+    cli._set_seed()  # as in a run that is given this checkpoint
     best = folder / BEST
     if not best.is_file():
         raise UserError(f"{name}: the base model left no {best}; its configuration needs callbacks.checkpoint")

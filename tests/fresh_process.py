@@ -21,8 +21,11 @@ from typing import Any
 # Every app, and what their commands import on the way. Not onnxruntime, which starts threads, nor what must be each
 # process' own: wandb makes a temporary folder that the first process would take away with it.
 PRELOADED = (
-    *("lightning_apps.bolt", "lightning_apps.csmpq", "lightning_apps.emo", "lightning_apps.prcl", "modules.bolt"),
+    *("lightning_apps.ankge", "lightning_apps.bolt", "lightning_apps.csmpq", "lightning_apps.emo"),
     *(
+        "lightning_apps.prcl",
+        "modules.ankge",
+        "modules.bolt",
         "modules.classification",
         "modules.csmpq",
         "modules.detection",
