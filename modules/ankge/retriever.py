@@ -62,7 +62,7 @@ class RetrievalSettings:
         return RetrievalSettings(
             min(self.entities, heads),
             min(self.relations, relations),
-            min(self.pairs, m * n - self.exclude_original),
+            min(self.pairs, m * n),
             m,
             n,
             self.exclude_original,
