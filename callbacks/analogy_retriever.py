@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from callbacks.atomic_files import atomic_write
 
-FOLDER = "analogies"
+FOLDER, CHECKPOINTS = "analogies", "checkpoints"
 
 
 class AnalogyRetriever(Callback):
@@ -25,8 +26,9 @@ class AnalogyRetriever(Callback):
     ``set_neighbours``; the datamodule has ``train_triples`` (T, 3), rows in the order that batches name in ``index``.
 
     Args:
-        cache: folder of the files; None for ``analogies`` beside the checkpoints of the base model, or in the run's
-            folder where the module does not say which that is. ``false`` in YAML keeps no file.
+        cache: folder of the files; None for ``analogies`` beside the base model's checkpoint (beside the folder
+            ``checkpoints`` that holds it), or in the run's folder where the module does not say which that is.
+            ``false`` in YAML keeps no file. A folder that cannot be written is told, and keeps none.
         progress: whether to show a progress bar.
 
     Example::
@@ -43,7 +45,8 @@ class AnalogyRetriever(Callback):
         """Look up, or load, on every rank."""
         from modules.ankge.retriever import Neighbours, fingerprint
 
-        triples = torch.as_tensor(trainer.datamodule.train_triples)
+        # Triples that are worked out when asked for become an array here; tensors are not made of such.
+        triples = torch.from_numpy(np.asarray(trainer.datamodule.train_triples))
         settings = self._clipped(pl_module)
         name = fingerprint(pl_module.tables, triples, settings)
         path = self._path(trainer, pl_module, name)
@@ -53,8 +56,7 @@ class AnalogyRetriever(Callback):
         else:
             found = self._look_up(trainer, pl_module, triples, settings)
             if path is not None and trainer.is_global_zero:
-                with atomic_write(path) as file:
-                    torch.save(dict(found._asdict()), file)
+                _save(path, found)
         pl_module.set_neighbours(Neighbours(*found))
 
     def _clipped(self, module: LightningModule) -> Any:
@@ -71,8 +73,10 @@ class AnalogyRetriever(Callback):
         if self.cache is False:
             return None
         base = getattr(module.hparams, "base", None)
-        default = Path(base).parent.parent / FOLDER if base else Path(trainer.default_root_dir) / FOLDER
-        return Path(self.cache or default) / f"{name}.pt"
+        run = Path(base).parent if base else Path(trainer.default_root_dir)
+        if base and run.name == CHECKPOINTS:
+            run = run.parent
+        return Path(self.cache or run / FOLDER) / f"{name}.pt"
 
     def _look_up(self, trainer: Trainer, module: LightningModule, triples: torch.Tensor, settings: Any) -> Any:
         from modules.ankge.retriever import Neighbours, retrieve
@@ -96,10 +100,18 @@ class AnalogyRetriever(Callback):
         return own.rows(inverse)
 
 
-def _by_relation_and_tail(triples: Any) -> Any:
-    import numpy as np
-
+def _by_relation_and_tail(triples: np.ndarray) -> np.ndarray:
     return np.lexsort((triples[:, 2], triples[:, 1]))
+
+
+def _save(path: Path, found: Any) -> None:
+    try:
+        with atomic_write(path) as file:
+            torch.save(dict(found._asdict()), file)
+    except OSError as error:  # after what may have been hours of work, which this run still can use
+        rank_zero_warn(
+            f"AnKGE: the analogical objects cannot be kept for other runs; set cache of AnalogyRetriever: {error}"
+        )
 
 
 def _load(path: Path, count: int) -> Any | None:
