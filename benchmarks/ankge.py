@@ -153,8 +153,8 @@ def time_retriever(data: KnowledgeGraph, dimension: int, candidates: list[int], 
         retrieve(tables, chosen, settings)
         seconds = time.process_time() - begin
         print(
-            f"retriever, d = {dimension}, m = {count}, n = 40: {len(chosen)} of {len(triples)} triples in {seconds:.0f} "
-            f"CPU seconds, all in about {seconds * len(triples) / len(chosen) / 60:.0f} CPU minutes"
+            f"retriever, d = {dimension}, m = {count}, n = 40: {len(chosen)} of {len(triples)} triples in "
+            f"{seconds:.0f} CPU seconds, all in about {seconds * len(triples) / len(chosen) / 60:.0f} CPU minutes"
         )
 
 

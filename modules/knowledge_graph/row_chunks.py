@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 CACHE, DEVICE_MEMORY = 1 << 19, 1 << 26  # numbers in a chunk on a processor (2 MiB of float32) and on a GPU
+QUERIES_AT_ONCE = 4
 
 ChunkFunction = Callable[..., Tensor]
 
@@ -76,6 +77,48 @@ class _Chunked(Function):
                     (sums[place][start:end] if place < count else sums[place]).add_(value)
             start = end
         return (None, None, None, *sums)
+
+
+def sum_of_differences(queries: Tensor, table: Tensor) -> Tensor:
+    """L1 distance of every query from every row of a table.
+
+    Args:
+        queries: (B, D).
+        table: (N, D).
+
+    Returns:
+        (B, N). On a processor it is more than twice as fast as ``torch.cdist``, which it is on a GPU.
+    """
+    if queries.device.type != "cpu":
+        return torch.cdist(queries, table, p=1)
+    return _SumOfDifferences.apply(queries, table)
+
+
+class _SumOfDifferences(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, queries: Tensor, table: Tensor) -> Tensor:
+        queries, table = queries.contiguous(), table.contiguous()
+        sums = queries.new_empty(len(queries), len(table))
+        rows = max(1, min(len(table), CACHE // max(QUERIES_AT_ONCE * table.shape[1], 1)))
+        chunk = max(1, min(len(queries), CACHE // max(rows * table.shape[1], 1)))
+        memory = queries.new_empty(chunk * rows * table.shape[1])
+        for start in range(0, len(table), rows):
+            block = table[start : start + rows]
+            for first in range(0, len(queries), chunk):
+                part = queries[first : first + chunk, None]
+                differences = memory[: len(part) * block.numel()].view(len(part), *block.shape)
+                torch.sub(part, block, out=differences)
+                torch.sum(differences.abs_(), -1, out=sums[first : first + chunk, start : start + rows])
+        ctx.save_for_backward(queries, table, sums)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        queries, table, sums = ctx.saved_tensors
+        backward = torch.ops.aten._cdist_backward  # what autograd calls for torch.cdist, fast in this direction
+        of_queries = backward(gradient.contiguous(), queries, table, 1.0, sums)
+        return of_queries, backward(gradient.T.contiguous(), table, queries, 1.0, sums.T.contiguous())
 
 
 def sum_of_moduli(queries: Tensor, table: Tensor) -> Tensor:

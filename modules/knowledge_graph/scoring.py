@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from modules.knowledge_graph.row_chunks import chunked, rows_per_chunk, sum_of_moduli
+from modules.knowledge_graph.row_chunks import chunked, rows_per_chunk, sum_of_differences, sum_of_moduli
 
 BATCH_ROWS_PER_BLOCK = 4
 
@@ -142,19 +142,20 @@ class TransE(WholeTables):
 
     def distances_to_tails(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """See the base class."""
-        return torch.cdist(heads + relations, tails, p=1)
+        return sum_of_differences(heads + relations, tails)
 
     def distances_from_heads(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """See the base class."""
-        return torch.cdist(tails - relations, heads, p=1)
+        return sum_of_differences(tails - relations, heads)
 
     def distances_by_relations(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """See the base class."""
-        return torch.cdist(tails - heads, relations, p=1)
+        return sum_of_differences(tails - heads, relations)
 
     def distances_of_pairs(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """See the base class."""
-        return torch.cdist(tails.unsqueeze(1) - relations, heads, p=1)
+        rows = zip(tails.unsqueeze(1) - relations, heads, strict=True)
+        return torch.stack([sum_of_differences(*row) for row in rows])
 
 
 class RotatE(ScoringFunction):
