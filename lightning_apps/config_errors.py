@@ -16,6 +16,9 @@ _GIVEN = re.compile(r"Given value: ([^\n]+)")
 _UNKNOWN_OPTION = re.compile(r"does not accept option '([^']+)'")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (.+)")
 _EXPLAINED = re.compile(r"- ([\w.]+: expected [^\n]+, got '[^\n]*')$", re.MULTILINE)
+_INCOMPLETE = re.compile(
+    r"- ([\w.]+): expected dict, got \"Namespace\(class_path='([^']+)', init_args=Namespace\((.*?)\)\)\""
+)
 _NESTED_VALUE = re.compile(r"NestedArg\(key='([^']*)', val='?([^']*)'?\)")
 
 
@@ -47,6 +50,14 @@ def init_arguments(class_path: str) -> list[str]:
     return [parameter for parameter in names if parameter not in ("self", "args", "kwargs")]
 
 
+def missing_arguments(class_path: str, given: str) -> list[str]:
+    """Names of the arguments without default that are None in `name=value, ...`."""
+    module, _, name = class_path.rpartition(".")
+    parameters = inspect.signature(getattr(__import__(module, fromlist=[name]), name)).parameters.values()
+    required = [one.name for one in parameters if one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD]
+    return [name for name in required if re.search(rf"\b{name}=None\b", given)]
+
+
 def explain(message: str, known: Iterable[str], class_paths: Mapping[str, str] | None = None) -> UserError:
     """The parser's complaint as an error a person can act on.
 
@@ -75,6 +86,10 @@ def explain(message: str, known: Iterable[str], class_paths: Mapping[str, str] |
     explained = _EXPLAINED.search(message)
     if explained:
         return UserError(f"{place}.{explained[1]}")
+    incomplete = _INCOMPLETE.search(message)
+    missing = missing_arguments(incomplete[2], incomplete[3]) if incomplete else []
+    if missing:
+        return UserError(f"{place}.{incomplete[1]}.{missing[0]}: {incomplete[2]} needs a value for it")
     expected = [found for found in _EXPECTED.findall(message) if "NoneType" not in found[0]]
     if expected:
         given = _GIVEN.search(message)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lightning_apps.ankge import APP as ANKGE
 from lightning_apps.bolt import APP
 from lightning_apps.cli import AppCLI
 from lightning_apps.errors import UserError
@@ -38,3 +39,11 @@ def test_a_wrong_key_in_a_file_names_the_nearest(tmp_path):
     path.write_text("trainer: {max_epoch: 3}\n")
     with pytest.raises(UserError, match=r"unknown key 'trainer\.max_epoch'.*Nearest valid key: trainer\.max_epochs"):
         AppCLI(APP, ["fit", "--config", str(path), "--run.root", str(tmp_path)])
+
+
+def test_an_argument_that_a_nested_class_lacks_is_named(tmp_path):
+    arguments = ["--model.scoring", "modules.knowledge_graph.TransE", "--model.scoring.dimension", "5"]
+    with pytest.raises(
+        UserError, match=r"^model\.scoring\.margin: modules\.knowledge_graph\.TransE needs a value for it$"
+    ):
+        AppCLI(ANKGE, ["fit", "--run.root", str(tmp_path), *arguments])
