@@ -102,6 +102,8 @@ class WithReverses:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows)
         count = len(self.triples)
+        if rows.size and not 0 <= rows.min() <= rows.max() < 2 * count:
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of {2 * count} triples")
         found = self.triples[rows % count].astype(np.int64)
         reverse = rows >= count
         found[reverse] = self._reversed(found[reverse])
