@@ -92,7 +92,7 @@ class CompletionWriter(Callback):
                         "answer": missing,
                         "rank": place + 1,
                         "score": float(rows["scores"][number, place]),
-                        "known": bool(rows["known"][number, place]) or answer == query[missing],
+                        "known": bool(rows["known"][number, place]),
                     }
                 )
         if self.explanations:
