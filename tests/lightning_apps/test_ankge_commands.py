@@ -413,3 +413,14 @@ def test_the_base_says_which_score_function_it_has_and_another_base_gets_its_own
     assert isinstance(module.tables.scoring, HAKE)
     assert module.hparams.scoring["init_args"]["dimension"] == 8
     assert (module.analogies.entities.shape[1], module.analogies.relations.shape[1]) == (16, 24)
+
+
+def test_two_processes_train_both_models_and_score_as_one(work):
+    options = [*SMALL, *CSV, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1", "--run.name", "two"]
+    run_python(work, "fit", *options, "--trainer.devices", "2", "--trainer.strategy", "ddp", app="ankge")
+    for folder in (work / "runs/ankge/two", work / "runs/ankge/two/base"):
+        checkpoint = str(folder / "checkpoints/last.ckpt")
+        run(work, "validate", "--ckpt_path", checkpoint, *CSV, *QUIET, "--trainer.devices", "1", app="ankge")
+        for name in ("val/main", "val/count", "val/head/mrr"):
+            found = last(folder / "validate/metrics.csv", name)
+            assert found == pytest.approx(last(folder / "metrics.csv", name), abs=1e-6)
