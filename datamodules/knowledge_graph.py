@@ -214,9 +214,7 @@ class KnowledgeGraph(RepeatableLoaders):
             raise ValueError(f"layout '{options.layout}' is unknown; expected one of {', '.join(get_args(Layout))}")
 
         if options.memory_map and options.layout == "world":
-            raise ValueError(
-                "memory_map is for graphs in files; set --data.layout to tsv or pyg, or memory_map to false"
-            )
+            raise ValueError("memory_map is for graphs in files; set it to false, or layout to tsv or pyg")
 
     def prepare_data(self) -> None:
         """Download what is missing, and parse what is to be memory-mapped."""
@@ -437,9 +435,7 @@ class KnowledgeGraph(RepeatableLoaders):
             raise ValueError(f"{message}; set --data.unseen to keep or drop, or add training triples")
         if policy == "drop" and count == len(triples):
             raise ValueError(f"{message}; with --data.unseen drop none is left")
-        done = (
-            "they are left out" if policy == "drop" else "they are kept, as the benchmarks do, with untrained vectors"
-        )
+        done = "left out" if policy == "drop" else "kept, as the benchmarks do, although their vectors are not trained"
         rank_zero_warn(f"{message}; they are {done} (--data.unseen {policy})")
         return triples[~unseen] if policy == "drop" else triples
 
