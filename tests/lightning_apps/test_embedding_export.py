@@ -17,7 +17,7 @@ NAMES = SimpleNamespace(
 
 def test_formats_of_tables_are_not_for_networks():
     with pytest.raises(
-        UserError, match="^--formats npz, parquet: is for tables of embeddings, but SimpleNamespace is a"
+        UserError, match=r"^--formats npz, parquet: is for tables of embeddings, but SimpleNamespace is a"
     ):
         check_network_formats(SimpleNamespace(), ["onnx", "npz", "parquet", "safetensors"])
     check_network_formats(SimpleNamespace(), ["onnx", "safetensors"])
