@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
@@ -26,6 +26,12 @@ from modules.knowledge_graph import EmbeddingTables, LinkPredictor, ScoringFunct
 LR_DECAY = 0.1
 CONTROLS = ("base", "identity", "unlinked")
 TRIED = {"method": "level_weights", "identity": "identity_weights"}  # whose weights are chosen, and where they are kept
+CHOICES = {
+    "similarity": get_args(Similarity),
+    "shares": ("softmax", "one_hot"),
+    "share_mode": ("triple", "batch_mean"),
+    "score_offset": ("none", "margin"),
+}
 PREFIX = "tables."
 EXPLAINED_BY = 20  # entities and relations that a pair is looked for among, to explain an answer
 
@@ -124,13 +130,14 @@ class AnalogicalEmbedding(LinkPredictor):
         self.neighbours: Neighbours | None = None
         used = torch.tensor([float(level in levels) for level in LEVELS])
         self.register_buffer("used_levels", used, persistent=False)
-        grid = torch.unique(torch.tensor(list(product(*(level_grid or [[weight] for weight in level_weights])))), dim=0)
-        self.register_buffer("grid", grid.float() * used, persistent=False)
-        self.chosen = dict.fromkeys(TRIED, 0)
+        tried = torch.tensor(
+            list(product(*(level_grid or [[weight] for weight in level_weights]))), dtype=torch.float32
+        )
+        self.register_buffer("grid", torch.unique(tried * used, dim=0), persistent=False)
         self.register_buffer("level_weights", self.grid[0].clone())
         self.register_buffer("identity_weights", self.grid[0].clone())
         if level_grid:
-            self.val_rankings = self._new_rankings({name: len(grid) for name in TRIED})
+            self.val_rankings = self._new_rankings(dict.fromkeys(TRIED, len(self.grid)))
 
     def _check_options(self) -> None:
         options = self.hparams
@@ -144,8 +151,9 @@ class AnalogicalEmbedding(LinkPredictor):
         unknown = [level for level in options.levels if level not in LEVELS]
         if unknown or not options.levels:
             raise ValueError(f"levels is {list(options.levels)}, expected some of {', '.join(LEVELS)}")
-        if options.similarity not in get_args(Similarity):
-            raise ValueError(f"similarity is {options.similarity!r}, expected {', '.join(get_args(Similarity))}")
+        for name, choices in CHOICES.items():
+            if options[name] not in choices:
+                raise ValueError(f"{name} is {options[name]!r}, expected {', '.join(choices)}")
         for name in ("strength", "regularization"):
             if options[name] < 0:
                 raise ValueError(f"{name} is {options[name]}, expected 0 or more")
@@ -154,11 +162,14 @@ class AnalogicalEmbedding(LinkPredictor):
 
     # ---- from the base model
 
-    def setup(self, stage: str) -> None:
+    def _start_from_base(self) -> None:
         """Take the weights of the base, unless a checkpoint of this model is continued."""
-        resumed = self._trainer is not None and self.trainer.ckpt_path is not None
-        if stage == "fit" and self.hparams.base is not None and not resumed:
+        if self.trainer.ckpt_path is not None:
+            return
+        if self.hparams.base is not None:
             self.load_base(self.hparams.base)
+        else:
+            rank_zero_warn("AnKGE: base is not set, so the embeddings are as this model was given them")
 
     def load_base(self, path: str | Path) -> None:
         """Take the embeddings of a checkpoint, after a check that it is of this graph and of these sizes."""
@@ -283,7 +294,7 @@ class AnalogicalEmbedding(LinkPredictor):
         parts = {"method": levels, "identity": weights * base}
         ranks = {"base": self.filtered_ranks(base, batch), "unlinked": self.unlinked_ranks(base, batch)}
         for name, kept in TRIED.items():
-            if self.hparams.level_grid and self.trainer.validating | self.trainer.training:
+            if self.hparams.level_grid and not self.trainer.testing:
                 tried = [self.filtered_ranks(_combined(base, parts[name], lambdas), batch) for lambdas in self.grid]
                 ranks[name] = torch.stack(tried)
             else:
@@ -295,8 +306,7 @@ class AnalogicalEmbedding(LinkPredictor):
         if stage != "val" or not self.hparams.level_grid:
             return
         for name, kept in TRIED.items():
-            self.chosen[name] = int(scores[name]["mrr"].reshape(-1).argmax())
-            getattr(self, kept).copy_(self.grid[self.chosen[name]])
+            getattr(self, kept).copy_(self.grid[scores[name]["mrr"].reshape(-1).argmax()])
             prefix = "val" if name == "method" else f"val/{name}"
             for level, weight in zip(LEVELS, getattr(self, kept), strict=True):
                 self.log(f"{prefix}/weight_{level}", weight)
@@ -304,7 +314,12 @@ class AnalogicalEmbedding(LinkPredictor):
     def pick(self, name: str, values: Tensor) -> Tensor:
         """See the base class; ranks of a batch are those of the weights that were the best before."""
         tried = name in TRIED and self.hparams.level_grid and values.ndim and len(values) == len(self.grid)
-        return values[self.chosen[name]] if tried and not self.trainer.testing else values
+        return values[self._chosen(name)] if tried and not self.trainer.testing else values
+
+    def _chosen(self, name: str) -> int:
+        """Place in the grid of the weights that are kept; 0 for those of another grid."""
+        same = (self.grid == getattr(self, TRIED[name])).all(1)
+        return int(same.int().argmax())
 
     # ---- what is done with it
 
@@ -336,7 +351,12 @@ class AnalogicalEmbedding(LinkPredictor):
         return dict(self.tables.named_vectors()) | analogies
 
     def configure_optimizers(self) -> Any:
-        """Adam on the analogy functions, and a tenth of the rate after each milestone."""
+        """Adam on the analogy functions, and a tenth of the rate after each milestone.
+
+        Here the base is taken as well: it is the first hook that knows whether a checkpoint is continued, and the last
+        before callbacks look up the analogical objects.
+        """
+        self._start_from_base()
         optimizer = torch.optim.Adam(self.analogies.parameters(), lr=self.hparams.lr, fused=True)
         return [optimizer], [MultiStepLR(optimizer, list(self.hparams.lr_milestones), LR_DECAY)]
 
