@@ -111,8 +111,13 @@ class RankReport(Callback):
 
 
 def rank_histogram(ranks: np.ndarray) -> list[int]:
-    """How many ranks (n,) are 1, 2, 3-4, 5-8, ... up to the last bin that has some; a half counts as the next whole."""
-    return np.bincount(np.ceil(np.log2(ranks)).astype(np.int64)).tolist()
+    """How many ranks (n,) are in each of ``RANK_BINS``, up to the last one that has some.
+
+    A half counts as the next whole rank, one beyond the last bin as in it.
+    """
+    # In single precision the logarithm of 2^20 + 1 may be 20.
+    bins = np.ceil(np.log2(ranks.astype(np.float64))).astype(np.int64)
+    return np.bincount(np.minimum(bins, len(RANK_BINS) - 1)).tolist()
 
 
 def relation_name(relation: int, names: Sequence[str]) -> str:
