@@ -16,6 +16,7 @@ import argparse
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -144,7 +145,7 @@ def time_loading(root: str) -> KnowledgeGraph:
 def time_retriever(data: KnowledgeGraph, dimension: int, candidates: list[int], share: int) -> None:
     """Analogical objects of every ``share``-th (relation, tail), and what all of them would take."""
     tables = EmbeddingTables(TransE(dimension, MARGIN), data.num_entities, data.num_relations)
-    triples = torch.as_tensor(data.train_triples)
+    triples = torch.from_numpy(np.asarray(data.train_triples))
     groups = torch.unique(triples[:, 1:], dim=0, return_inverse=True)[1]
     chosen = triples[groups % share == 0]
     for count in candidates:

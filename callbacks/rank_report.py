@@ -165,6 +165,6 @@ def explain(
     found = {key: value.tolist() for key, value in module.explain(*triples.to(module.device).T).items()}
     rows = zip(found["entity"], found["relation"], found["pair_entity"], found["pair_relation"], strict=True)
     return [
-        [entities[entity], relation_name(relation, relations), f"{entities[first]}, {relation_name(kind, relations)}"]
+        [entities[entity], relation_name(relation, relations), f"{entities[first]} + {relation_name(kind, relations)}"]
         for entity, relation, first, kind in rows
     ]

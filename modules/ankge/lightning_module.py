@@ -202,7 +202,7 @@ class AnalogicalEmbedding(LinkPredictor):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of the analogies of a batch of triples, which are known by their rows."""
         if self.neighbours is None:
-            raise RuntimeError(
+            raise ValueError(
                 "AnKGE: the analogical objects of the training triples are not known; add callbacks.AnalogyRetriever"
             )
         own = self.neighbours.rows(batch.index)

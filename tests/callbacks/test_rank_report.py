@@ -182,7 +182,7 @@ def test_the_analogical_objects_of_improved_triples_are_named(tmp_path):
     h, r, t = QUERIES[0][0]
     assert rows[0]["analogous_entity"] == ENTITY_NAMES[(h + 1) % 4]
     assert rows[0]["analogous_relation"] == name_of((r + 2) % 4)
-    assert rows[0]["analogous_pair"] == f"{ENTITY_NAMES[(t + 1) % 4]}, {name_of((r + 1) % 4)}"
+    assert rows[0]["analogous_pair"] == f"{ENTITY_NAMES[(t + 1) % 4]} + {name_of((r + 1) % 4)}"
 
 
 def test_without_ranks_of_a_base_there_is_nothing_to_compare(tmp_path):

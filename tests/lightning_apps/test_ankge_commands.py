@@ -232,7 +232,7 @@ def test_completions_are_the_best_answers_by_name_and_explained(work, finished, 
         for tail, row in zip(found, answers.itertuples(), strict=True):
             entity, relation, *pair = plain.analogous(given, kind, tail)
             assert (row.analogous_entity, row.analogous_relation) == (entity, relation)
-            assert row.analogous_pair == ", ".join(pair)
+            assert row.analogous_pair == " + ".join(pair)
     assert flags == {True, False}
     assert table["tail"][0] == "Europe", "of Belgium's continent"
 
