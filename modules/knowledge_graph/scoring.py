@@ -154,7 +154,10 @@ class TransE(WholeTables):
 
     def distances_of_pairs(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """See the base class."""
-        rows = zip(tails.unsqueeze(1) - relations, heads, strict=True)
+        wanted = tails.unsqueeze(1) - relations
+        if wanted.device.type != "cpu":  # one launch instead of one for each row
+            return torch.cdist(wanted, heads, p=1)
+        rows = zip(wanted, heads, strict=True)
         return torch.stack([sum_of_differences(*row) for row in rows])
 
 
