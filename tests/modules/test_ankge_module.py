@@ -233,7 +233,7 @@ def test_both_ways_to_count_the_shares_differ_and_only_one_depends_on_the_batch(
 
 def test_training_without_analogical_objects_is_told(folder, bases):
     _, batch = batch_of(folder)
-    with pytest.raises(RuntimeError, match=r"not known; add callbacks\.AnalogyRetriever"):
+    with pytest.raises(ValueError, match=r"not known; add callbacks\.AnalogyRetriever"):
         on_base(bases).training_step(batch, 0)
 
 
