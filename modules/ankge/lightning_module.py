@@ -309,7 +309,7 @@ class AnalogicalEmbedding(LinkPredictor):
             getattr(self, kept).copy_(self.grid[scores[name]["mrr"].reshape(-1).argmax()])
             prefix = "val" if name == "method" else f"val/{name}"
             for level, weight in zip(LEVELS, getattr(self, kept), strict=True):
-                self.log(f"{prefix}/weight_{level}", weight)
+                self.log(f"{prefix}/weight_{level}", weight, sync_dist=True)
 
     def pick(self, name: str, values: Tensor) -> Tensor:
         """See the base class; ranks of a batch are those of the weights that were the best before."""

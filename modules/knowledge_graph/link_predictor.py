@@ -95,7 +95,7 @@ class LinkPredictor(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of validation."""
         scores = self._log_rankings("val", self.val_rankings)
-        self.log("val/main", scores["mrr"])
+        self.log("val/main", scores["mrr"], sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the test."""
@@ -113,7 +113,12 @@ class LinkPredictor(LightningModule, ABC):
             prefix = stage if name == "method" else f"{stage}/{name}"
             wanted = values if name == "method" else {key: values[key] for key in SHOWN}
             for key, value in wanted.items():
-                self.log(f"{prefix}/{key}", value.float(), prog_bar=(name, key) == ("method", "mrr"))
+                group, _, kind = key.rpartition("/")
+                if not group or kind == "count" or values[f"{group}/count"]:  # without queries the others are NaN
+                    # They are those of all ranks already; the mean of equal numbers keeps Lightning from warning.
+                    self.log(
+                        f"{prefix}/{key}", value.float(), prog_bar=key == "mrr" and prefix == stage, sync_dist=True
+                    )
         return scores["method"]
 
     def on_scores(self, stage: str, scores: Mapping[str, Mapping[str, Tensor]]) -> None:
