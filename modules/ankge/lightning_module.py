@@ -171,6 +171,11 @@ class AnalogicalEmbedding(LinkPredictor):
         else:
             rank_zero_warn("AnKGE: base is not set, so the embeddings are as this model was given them")
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint keeps the weights that were chosen; where none are to be chosen, those that are given count."""
+        if not self.hparams.level_grid:
+            checkpoint["state_dict"] |= {kept: getattr(self, kept) for kept in TRIED.values()}
+
     def load_base(self, path: str | Path) -> None:
         """Take the embeddings of a checkpoint, after a check that it is of this graph and of these sizes."""
         checkpoint = read_base(path)
