@@ -413,6 +413,21 @@ def test_chosen_weights_are_kept_in_the_checkpoint(folder, bases, tmp_path):
     assert rows.ranks["rank_base"] == ranks_by_loops(module, "valid")
 
 
+def test_weights_that_are_given_count_more_than_those_of_a_checkpoint(folder, bases, tmp_path):
+    """Of one with chosen weights as well, once nothing is to be chosen any more."""
+    path, given = tmp_path / "last.ckpt", [0.5, 0.0, 0.1]
+    for options in ({"level_weights": WEIGHTS}, {"level_grid": GRID}):
+        trainer = trainer_of(limit_train_batches=1)
+        trainer.fit(ankge(bases["TransE"], **options), datamodule=analogies(folder))
+        trainer.save_checkpoint(path)
+        module = AnalogicalEmbedding.load_from_checkpoint(path, level_grid=None, level_weights=given)
+        assert module.level_weights.tolist() == module.identity_weights.tolist() == pytest.approx(given)
+        other = AnalogicalEmbedding.load_from_checkpoint(path, level_grid=None, level_weights=given, levels=["triple"])
+        assert other.level_weights.tolist() == pytest.approx([0.0, 0.0, 0.1])
+        quiet_trainer().test(other, datamodule=analogies(folder), ckpt_path=path, verbose=False)
+        assert other.level_weights.tolist() == pytest.approx([0.0, 0.0, 0.1])
+
+
 def test_a_look_at_validation_before_training_tries_the_weights_too(folder, bases):
     module = ankge(bases["TransE"], level_grid=GRID)
     trainer = trainer_of(num_sanity_val_steps=2)
