@@ -5,7 +5,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @contextmanager
@@ -53,6 +56,15 @@ def atomic_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` (UTF-8) to ``path``, all or nothing."""
     with atomic_write(path, "w") as file:
         file.write(text)
+
+
+def atomic_table(path: str | os.PathLike[str], table: "DataFrame") -> None:
+    """Write a table without its index, as parquet where ``path`` ends so, otherwise as CSV, all or nothing."""
+    with atomic_write(path) as file:
+        if Path(path).suffix == ".parquet":
+            table.to_parquet(file, index=False)
+        else:
+            table.to_csv(file, index=False)
 
 
 def atomic_bytes(path: str | os.PathLike[str], data: bytes) -> None:

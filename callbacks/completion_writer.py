@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.atomic_files import atomic_write
+from callbacks.atomic_files import atomic_table
 from callbacks.rank_report import EXPLANATION, explain
 from callbacks.step_outputs import StepOutputs
 
@@ -66,11 +66,7 @@ class CompletionWriter(Callback):
             return
         path = Path(self.output or Path(trainer.default_root_dir) / f"predictions.{self.format}")
         table = self._table(trainer, pl_module, gathered)
-        with atomic_write(path) as file:
-            if self.format == "csv":
-                table.to_csv(file, index=False)
-            else:
-                table.to_parquet(file, index=False)
+        atomic_table(path, table)
         rank_zero_info(f"Wrote {len(table)} answers to {len(gathered['index'])} queries to {path}")
 
     def _table(self, trainer: Trainer, module: LightningModule, rows: dict[str, torch.Tensor]) -> "DataFrame":

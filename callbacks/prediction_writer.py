@@ -7,7 +7,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.atomic_files import atomic_write
+from callbacks.atomic_files import atomic_table, atomic_write
 from callbacks.step_outputs import StepOutputs, batch_rows
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class PredictionWriter(Callback):
             self._write_npz(path, trainer, rows)
         else:
             table = self._feature_table(trainer, rows) if "features" in rows else self._table(trainer, rows)
-            self._write_table(path, table)
+            atomic_table(path, table)
         rank_zero_info(f"Wrote {len(rows['index'])} rows to {path}")
 
     def path(self, trainer: Trainer, kind: str) -> Path:
@@ -131,13 +131,6 @@ class PredictionWriter(Callback):
             arrays |= {"probabilities": rows["probabilities"]}
         with atomic_write(path) as file:
             np.savez(file, **arrays)
-
-    def _write_table(self, path: Path, table: "DataFrame") -> None:
-        with atomic_write(path) as file:
-            if self.format == "csv":
-                table.to_csv(file, index=False)
-            else:
-                table.to_parquet(file, index=False)
 
 
 def _datamodule(trainer: Trainer) -> Any:
