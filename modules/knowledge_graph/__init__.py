@@ -1,6 +1,7 @@
 """Embeddings of knowledge graphs: score functions, their loss, ranking of completions, and the LightningModule."""
 
-from modules.knowledge_graph.lightning_module import EmbeddingTables, KnowledgeGraphEmbedding, corrupted_distances
+from modules.knowledge_graph.embedding_tables import EmbeddingTables
+from modules.knowledge_graph.lightning_module import KnowledgeGraphEmbedding, corrupted_distances
 from modules.knowledge_graph.link_predictor import CATEGORIES, SIDES, LinkPredictor
 from modules.knowledge_graph.losses import self_adversarial_loss
 from modules.knowledge_graph.scoring import (
@@ -13,6 +14,7 @@ from modules.knowledge_graph.scoring import (
     TransE,
     build_scoring,
 )
+from modules.knowledge_graph.sharded_tables import ShardedEmbeddingTables
 
 __all__ = [
     "CATEGORIES",
@@ -26,6 +28,7 @@ __all__ = [
     "PairRE",
     "RotatE",
     "ScoringFunction",
+    "ShardedEmbeddingTables",
     "TransE",
     "build_scoring",
     "corrupted_distances",

@@ -131,12 +131,15 @@ class LinkPredictor(LightningModule, ABC):
             ``index`` (B,), ``entities`` (B, k) best first, their ``scores`` (B, k), and ``known`` (B, k), true where
             the triple is in the data.
         """
-        scores = self.candidate_scores(batch)
-        best = scores.topk(self.top_k, dim=1)
-        rows, columns = batch.known
-        known = torch.zeros_like(scores, dtype=torch.bool)
-        known[rows, columns] = True
+        scores, entities = self.best_tails(batch)
+        rows = torch.arange(len(entities), device=entities.device)
         answered = batch.tails >= 0  # the right answer of a query is not among the known ones
-        known[answered, batch.tails[answered]] = True
-        answers = {"index": batch.index, "entities": best.indices, "scores": best.values}
-        return answers | {"known": known.gather(1, best.indices)}
+        pairs = torch.cat([batch.known, torch.stack([rows, batch.tails])[:, answered]], dim=1)
+        size = self.hparams.num_entities
+        known = torch.isin(rows[:, None] * size + entities, pairs[0] * size + pairs[1])
+        return {"index": batch.index, "entities": entities, "scores": scores, "known": known}
+
+    def best_tails(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Scores (B, k) and entities (B, k) of the best tails of the queries, best first."""
+        best = self.candidate_scores(batch).topk(self.top_k, dim=1)
+        return best.values, best.indices
