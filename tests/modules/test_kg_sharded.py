@@ -45,8 +45,14 @@ def content(trainer, path):
     """What a checkpoint has of the model and of Adam, and what this process has of the model."""
     trainer.save_checkpoint(path)
     found = torch.load(path, weights_only=True)
-    own = {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()}
-    return {"state_dict": dict(found["state_dict"]), "optimizer": found["optimizer_states"][0], "own": own}
+    module = trainer.lightning_module
+    moments = trainer.optimizers[0].state.get(module.tables.entities, {}).values()
+    return {
+        "state_dict": dict(found["state_dict"]),
+        "optimizer": found["optimizer_states"][0],
+        "own": {name: value.clone() for name, value in module.state_dict().items()},
+        "rows of moments": [len(value) for value in moments if value.ndim],
+    }
 
 
 def trained(folder, path, name="TransE", sharded=True, data_options=None, **options):
@@ -197,6 +203,11 @@ def test_three_steps_and_their_file_are_those_of_one_process(ranks, folders, nam
     same(ranks[0][name]["sharded"], expected)
     same(ranks[0][name]["replicated"], expected)
     assert ranks[0][name]["sharded"]["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
+
+
+def test_moments_stay_spread_after_a_file_was_written(ranks):
+    for found, rows in zip(ranks, (14, 15), strict=True):
+        assert found["TransE"]["sharded"]["rows of moments"] == [rows, rows]
 
 
 @pytest.mark.parametrize("kind", ["chunked", "per_triple"])
