@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.atomic_files import atomic_table
 from callbacks.rank_report import EXPLANATION, explain
@@ -57,12 +57,8 @@ class CompletionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the answers of all ranks together and write them."""
-        gathered = self._outputs.gather()
-        self._outputs.clear()
+        gathered = self._outputs.take("CompletionWriter")
         if gathered is None:
-            return
-        if not gathered:
-            rank_zero_warn("CompletionWriter: there was nothing to predict, so no file is written")
             return
         path = Path(self.output or Path(trainer.default_root_dir) / f"predictions.{self.format}")
         table = self._table(trainer, pl_module, gathered)

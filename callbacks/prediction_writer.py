@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.atomic_files import atomic_table, atomic_write
 from callbacks.step_outputs import StepOutputs, batch_rows
@@ -84,12 +84,8 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the rows of all ranks together and write them."""
-        gathered = self._outputs.gather()
-        self._outputs.clear()
+        gathered = self._outputs.take("PredictionWriter")
         if gathered is None:
-            return
-        if not gathered:
-            rank_zero_warn("PredictionWriter: there was nothing to predict, so no file is written")
             return
         rows = {key: value.numpy() for key, value in gathered.items()}
         path = self.path(trainer, "features" if "features" in rows else "predictions")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 
@@ -40,6 +41,18 @@ class StepOutputs:
         if not filled:
             return {}
         return _once({key: torch.cat([rows[key] for rows in filled]) for key in filled[0]})
+
+    def take(self, writer: str) -> dict[str, Tensor] | None:
+        """Gather and forget; None where there is nothing to write: on other ranks, and with a warning without rows.
+
+        Args:
+            writer: who asks, for the warning.
+        """
+        gathered = self.gather()
+        self.clear()
+        if gathered == {}:
+            rank_zero_warn(f"{writer}: there was nothing to predict, so no file is written")
+        return gathered or None
 
 
 def batch_rows(batch: Any) -> dict[str, Tensor]:
