@@ -122,7 +122,7 @@ def _by_relations(rows: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 class WholeTables(ScoringFunction):
-    """Score functions whose library operators meet a whole table at once, and block it themselves."""
+    """Score functions whose operators meet a whole table at once: they block it themselves, or need not."""
 
     def table_block(self, device: torch.device) -> int:
         """All of it."""

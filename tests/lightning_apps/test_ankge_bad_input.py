@@ -3,7 +3,7 @@
 Also what is odd but allowed: it is told, and the run goes on.
 """
 
-import os
+import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +52,9 @@ def work(tmp_path_factory) -> Path:
     """A working folder with a graph, a base model of it, and AnKGE on that."""
     folder = tmp_path_factory.mktemp("work")
     write_graph(folder / "graph")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert command(APP, "fit", *BASE, *GRAPH, "graph", "--run.name", "base") == 0
         assert command(APP, "fit", *ANALOGIES, *GRAPH, "graph", "--model.base", CHECKPOINT) == 0
-    finally:
-        os.chdir(before)
     return folder
 
 

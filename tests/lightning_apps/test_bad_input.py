@@ -1,6 +1,6 @@
 """What a person may get wrong on the command line: one message that names it, exit code 1, nothing lost."""
 
-import os
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +32,9 @@ CLASSIFIER = "runs/bolt/finetune/checkpoints/last.ckpt"
 def work(tmp_path_factory) -> Path:
     """A working folder with a pre-trained run, a fine-tuned one, and data in several layouts."""
     folder = tmp_path_factory.mktemp("work")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert command(APP, "fit", *QUICK) == 0
         assert command(APP, "fit", *FINETUNE, *QUICK) == 0
-    finally:
-        os.chdir(before)
     write_class_folders(folder / "cells")
     shutil.copytree(folder / "cells", folder / "cut")
     picture = sorted((folder / "cut/platelet").glob("*.jpg"))[0]

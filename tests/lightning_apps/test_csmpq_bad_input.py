@@ -1,6 +1,6 @@
 """What a person may get wrong with CSMPQ on the command line: one message that names it, and exit code 1."""
 
-import os
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,12 +31,8 @@ def work(tmp_path_factory) -> Path:
     """A working folder with a run that has not chosen bits yet."""
     folder = tmp_path_factory.mktemp("work")
     write_class_folders(folder / "cells")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert command(APP, "fit", *QUICK, *CELLS) == 0
-    finally:
-        os.chdir(before)
     (folder / "other_app.yaml").write_text("app: emo\nmodel: {}\n")
     (folder / "list.yaml").write_text("- 1\n")
     return folder

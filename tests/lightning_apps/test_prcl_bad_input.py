@@ -1,6 +1,6 @@
 """What a person may get wrong with PRCL on the command line: one message that names it, and exit code 1."""
 
-import os
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,12 +34,8 @@ CHECKPOINT = "runs/prcl/prcl/checkpoints/last.ckpt"
 def work(tmp_path_factory) -> Path:
     """A working folder with a trained run."""
     folder = tmp_path_factory.mktemp("work")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert command(APP, "fit", *QUICK) == 0
-    finally:
-        os.chdir(before)
     (folder / "wider.yaml").write_text("app: prcl\nmodel: {init_args: {backbone: mobilenetv3_small_075}}\n")
     (folder / "own.yaml").write_text((SHIPPED / "prcl/supervised.yaml").read_text())
     return folder
