@@ -229,15 +229,19 @@ def epoch_poly(epoch: int, epochs: int, floor: float = 0.0) -> float:
     return max((1.0 - min(epoch / epochs, 1.0)) ** POLY_POWER, floor)
 
 
-def total_steps_of(trainer: Trainer) -> int:
+def total_steps_of(trainer: Trainer, schedule: str) -> int:
     """Optimizer steps of the whole run.
+
+    Args:
+        trainer: knows the length of the run.
+        schedule: what asks, for the message.
 
     Raises:
         ValueError: if the run has no end.
     """
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):
-        raise ValueError("schedule: cosine needs an end of training; set trainer.max_epochs or trainer.max_steps")
+        raise ValueError(f"schedule: {schedule} needs an end of training; set trainer.max_epochs or trainer.max_steps")
     return int(steps)
 
 
@@ -299,7 +303,7 @@ def with_schedule(
     if schedule == "timm_cosine":
         scheduler = _timm_scheduler(module.trainer, optimizer, warmup_epochs, ends or CosineEnds())
     elif schedule in DECAYS:
-        total = total_steps_of(module.trainer)
+        total = total_steps_of(module.trainer, schedule)
         warmup = warmup_steps_of(module.trainer, warmup_epochs, total)
         scheduler = LambdaLR(optimizer, lambda step: DECAYS[schedule](step, warmup, total))
     else:
@@ -316,7 +320,7 @@ def with_epoch_cosine(module: LightningModule, optimizer: Optimizer, warmup_step
         optimizer: its learning rates are the peaks.
         warmup_steps: optimizer steps of the warm-up.
     """
-    total = total_steps_of(module.trainer)
+    total = total_steps_of(module.trainer, "cosine")
     per_epoch = int(min(steps_per_epoch(module.trainer), total))
     epochs = math.ceil(total / per_epoch)
     scheduler = LambdaLR(optimizer, lambda step: epoch_cosine(step, per_epoch, epochs, warmup_steps))
@@ -324,7 +328,7 @@ def with_epoch_cosine(module: LightningModule, optimizer: Optimizer, warmup_step
 
 
 def _timm_scheduler(trainer: Trainer, optimizer: Optimizer, warmup_epochs: float | None, ends: CosineEnds) -> LambdaLR:
-    total = total_steps_of(trainer)
+    total = total_steps_of(trainer, "timm_cosine")
     warmup = warmup_steps_of(trainer, warmup_epochs, total)
     peaks = [group["lr"] for group in optimizer.param_groups]
     rates = lru_cache(maxsize=1)(timm_cosine(peaks, warmup, total, ends))  # asked once for each group

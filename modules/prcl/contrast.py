@@ -75,6 +75,7 @@ class PixelContrast(nn.Module):
             raise ValueError(f"representation: {representation!r} is unknown; expected distribution or point")
         for field, value, least in (
             ("num_classes", num_classes, 2),
+            ("dimensions", dimensions, 1),
             ("anchors", anchors, 1),
             ("negatives", negatives, 1),
             ("virtual_negatives", virtual_negatives, 0),

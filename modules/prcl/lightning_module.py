@@ -242,13 +242,16 @@ class ProbabilisticSegmenter(SegmentationModule):
 
         Args:
             batch: ``labeled`` and, unless the method is ``supervised``, ``unlabeled``, each with ``images``
-                (B, channels, H, W) and ``masks`` (B, H, W), 255 for void. The unlabelled masks are only watched.
+                (B, channels, H, W) and ``masks`` (B, H, W), 255 for void. The unlabelled masks are only watched. For
+                ``supervised`` the labelled batch itself is enough.
             batch_idx: position in the epoch.
 
         Raises:
             ValueError: without one of the two, and for a batch of one image, whose mean over the image BatchNorm cannot
                 normalise.
         """
+        if not self.has_teacher and not isinstance(batch, dict):
+            batch = {"labeled": batch}
         self._check_streams(batch)
         for part in batch.values():
             self._check_batch(len(part.images))
@@ -290,10 +293,11 @@ class ProbabilisticSegmenter(SegmentationModule):
         needed = ["labeled", "unlabeled"] if self.has_teacher else ["labeled"]
         given = list(batch) if isinstance(batch, dict) else [type(batch).__name__]
         if lost := [name for name in needed if name not in given]:
+            remedy = "true, or set model.method to supervised" if self.has_teacher else "false"
             raise ValueError(
                 f"method {self.hparams.method} learns from batches {' and '.join(needed)}, but the data gives "
                 f"{', '.join(given)} without {' and '.join(lost)}: take datamodules.SemiSupervisedSegmentation with "
-                "data.use_unlabeled true, or set model.method to supervised"
+                f"data.use_unlabeled {remedy}"
             )
 
     def contrast_weight(self) -> float:
@@ -310,10 +314,14 @@ class ProbabilisticSegmenter(SegmentationModule):
         )
 
     def _epochs(self) -> float:
-        """Length of the run in epochs; infinite if it has no end."""
+        """Length of the run in epochs.
+
+        Raises:
+            ValueError: if it has no end, as the learning rates fall until then.
+        """
         if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
             return self.trainer.max_epochs
-        return math.ceil(total_steps_of(self.trainer) / steps_per_epoch(self.trainer))
+        return math.ceil(total_steps_of(self.trainer, "poly") / steps_per_epoch(self.trainer))
 
     @torch.no_grad()
     def _strong_views(self, unlabeled: Any) -> PseudoLabelled:
@@ -527,12 +535,23 @@ class ProbabilisticSegmenter(SegmentationModule):
             groups, lr=scale * options.lr, momentum=options.momentum, nesterov=True, weight_decay=options.weight_decay
         )
         epochs = self._epochs()
+        self._warn_of_no_contrast(epochs)
         floors = [min(options.min_lr / group["lr"], 1.0) for group in groups]
         factors = [lambda epoch, floor=floor: epoch_poly(epoch, epochs, floor) for floor in floors]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "epoch"},
         }
+
+
+    def _warn_of_no_contrast(self, epochs: float) -> None:
+        options = self.hparams
+        wanted = self.contrast is not None and max(options.contrast_weight, options.contrast_floor) > 0
+        if wanted and options.contrast_begin >= epochs:
+            rank_zero_warn(
+                f"contrast_begin: epoch {options.contrast_begin:g} is never reached, as the run has {epochs:g} epochs, "
+                "so that there is no contrast; lower model.contrast_begin or take method: mean_teacher"
+            )
 
 
 def check_settings(options: Any) -> None:
@@ -548,7 +567,11 @@ def check_settings(options: Any) -> None:
             f"weak_threshold {options.weak_threshold} is above strong_threshold {options.strong_threshold}: few pixels "
             "that the teacher trusts will be hard for the student"
         )
-    for field in ("unsupervised_weight", "contrast_weight", "contrast_floor", "variance_weight", "weight_decay"):
+    for field in ("decoder_channels", "dimensions"):
+        if options[field] < 1:
+            raise ValueError(f"{field}: {options[field]} is below 1")
+    weights = ("unsupervised_weight", "contrast_weight", "contrast_floor", "variance_weight", "weight_decay")
+    for field in (*weights, "min_lr"):
         if options[field] < 0:
             raise ValueError(f"{field}: {options[field]} is negative; expected >= 0")
     low_high = list(options.strong_scale)
@@ -561,5 +584,9 @@ def check_settings(options: Any) -> None:
         raise ValueError(f"momentum: {options.momentum} is outside (0, 1), which Nesterov's needs")
     if options.temperature is not None and not options.temperature > 0:
         raise ValueError(f"temperature: {options.temperature} is not positive")
+    if options.method == "point_contrast" and options.global_prototypes:
+        raise ValueError(
+            "global_prototypes: true needs distributions; set model.method to prcl, or model.global_prototypes to false"
+        )
     if not options.scales or min(options.scales) <= 0:
         raise ValueError(f"scales: {list(options.scales)} are not factors above 0")

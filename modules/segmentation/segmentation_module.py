@@ -12,12 +12,15 @@ from modules.segmentation.network import sliding_logits
 from modules.segmentation.pictures import hue_palette
 
 
+OUTPUT_STRIDES = (8, 16, 32)
+
+
 class SegmentationModule(LightningModule):
     """Names, colours, windows, and the hooks of evaluation.
 
     A subclass saves the hyper-parameters ``num_classes``, ``class_names``, ``palette``, ``mean``, ``std``,
-    ``main_metric``, ``init_from``, ``window`` and ``window_stride``, and has :meth:`load_pretrained`,
-    :meth:`evaluate_batch` and :meth:`evaluation_scores`.
+    ``main_metric``, ``init_from``, ``output_stride``, ``window`` and ``window_stride``, and has
+    :meth:`load_pretrained`, :meth:`evaluate_batch` and :meth:`evaluation_scores`.
     """
 
     @property
@@ -85,6 +88,8 @@ def check_segmentation(options: Any) -> None:
         raise ValueError(f"num_classes: {options.num_classes} is outside 2..{VOID}")
     if options.main_metric not in METRIC_NAMES:
         raise ValueError(f"main_metric: {options.main_metric!r} is unknown; expected {', '.join(METRIC_NAMES)}")
+    if options.output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"output_stride: {options.output_stride} is none of 8, 16 and 32")
     for field in ("class_names", "palette"):
         if options[field] is not None and len(options[field]) != options.num_classes:
             raise ValueError(f"{field}: {len(options[field])} values for {options.num_classes} classes")

@@ -357,6 +357,7 @@ def test_the_memory_of_global_prototypes_is_in_the_checkpoint():
         ("num_classes", 1, "num_classes: 1 is below 2"),
         ("anchors", 0, "anchors: 0 is below 1"),
         ("negatives", 0, "negatives: 0 is below 1"),
+        ("dimensions", 0, "dimensions: 0 is below 1"),
         ("virtual_negatives", -1, "virtual_negatives: -1 is below 0"),
         ("virtual_negatives", 2, "set global_prototypes: true"),
         ("virtual_radius", -0.5, "virtual_radius: -0.5 is negative"),

@@ -317,6 +317,15 @@ def test_a_batch_of_one_image_is_refused(stream):
         ({"contrast_weight": -1.0}, "contrast_weight: -1.0 is negative"),
         ({"strong_scale": [1.5, 0.5]}, "strong_scale"),
         ({"backbone": "vit_tiny_patch16_224"}, "backbone"),
+        ({"decoder_channels": 0}, "decoder_channels: 0 is below 1"),
+        ({"dimensions": 0}, "dimensions: 0 is below 1"),
+        ({"method": "mean_teacher", "dimensions": -3}, "dimensions: -3 is below 1"),
+        ({"min_lr": -1.0}, "min_lr: -1.0 is negative"),
+        ({"output_stride": 7}, "output_stride: 7 is none of 8, 16 and 32"),
+        (
+            {"method": "point_contrast", "global_prototypes": True},
+            "global_prototypes: true needs distributions; set model.method to prcl",
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
@@ -327,6 +336,37 @@ def test_settings_out_of_range_are_named(settings, message):
 def test_a_weak_threshold_above_the_strong_one_is_warned_of():
     with pytest.warns(UserWarning, match="few pixels"):
         segmenter(weak_threshold=0.9, strong_threshold=0.8)
+
+
+@pytest.mark.parametrize(
+    ("begin", "weight", "warned"), [(9, 1.0, 0), (10, 1.0, 1), (12, 1.0, 1), (12, 0.0, 0)], ids=str
+)
+def test_a_contrast_that_never_begins_is_warned_of(begin, weight, warned, recwarn):
+    module = segmenter(contrast_begin=begin, contrast_weight=weight)
+    module._trainer = SimpleNamespace(max_epochs=10, train_dataloader=None)
+    module.configure_optimizers()
+    told = [str(warning.message) for warning in recwarn if "contrast_begin" in str(warning.message)]
+    assert len(told) == warned
+    for message in told:
+        assert message.startswith(f"contrast_begin: epoch {begin} is never reached, as the run has 10 epochs")
+
+
+def test_a_run_without_end_is_told_of_the_schedule_that_needs_one():
+    module = segmenter()
+    module._trainer = SimpleNamespace(max_epochs=-1, estimated_stepping_batches=math.inf, train_dataloader=None)
+    with pytest.raises(ValueError, match="^schedule: poly needs an end of training"):
+        module.configure_optimizers()
+
+
+def test_labelled_batches_alone_are_enough_for_the_supervised_method():
+    """Those of an ordinary datamodule are what `labeled` holds otherwise; other methods are told what they miss."""
+    batch = scene()
+    losses = [step_loss(segmenter(method="supervised"), given).item() for given in (batch, {"labeled": batch})]
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"without labeled and unlabeled: take datamodules.SemiSupervisedSegmentation"):
+        step_loss(segmenter(method="mean_teacher"), batch)
+    with pytest.raises(ValueError, match=r"gives unlabeled without labeled: .* with data.use_unlabeled false$"):
+        step_loss(segmenter(method="supervised"), {"unlabeled": batch})
 
 
 def test_quality_of_pseudo_labels_is_counted_over_batches():
