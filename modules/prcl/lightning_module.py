@@ -284,9 +284,12 @@ class ProbabilisticSegmenter(SegmentationModule):
     def _check_batch(self, images: int) -> None:
         synchronised = isinstance(self.student.aspp.pool.bn, nn.SyncBatchNorm)
         if images < 2 and not synchronised:
+            sizes = "data.batch_size and data.unlabeled_batch_size above 1"
+            if not self.has_teacher:
+                sizes = "data.batch_size above 1, or set data.drop_last: true if that is the rest of an epoch"
             raise ValueError(
                 "a training batch holds 1 image, but the head normalises means of whole images over a batch of at "
-                "least 2 per device: raise data.batch_size and data.unlabeled_batch_size above 1"
+                f"least 2 per device: raise {sizes}"
             )
 
     def _check_streams(self, batch: Any) -> None:
@@ -542,7 +545,6 @@ class ProbabilisticSegmenter(SegmentationModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "epoch"},
         }
-
 
     def _warn_of_no_contrast(self, epochs: float) -> None:
         options = self.hparams

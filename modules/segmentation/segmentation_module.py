@@ -11,7 +11,6 @@ from modules.segmentation.metrics import METRIC_NAMES, VOID
 from modules.segmentation.network import sliding_logits
 from modules.segmentation.pictures import hue_palette
 
-
 OUTPUT_STRIDES = (8, 16, 32)
 
 

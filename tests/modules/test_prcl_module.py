@@ -298,6 +298,11 @@ def test_a_batch_of_one_image_is_refused(stream):
         step_loss(segmenter(**PLAIN_VIEWS), {**both(), stream: scene(1)})
 
 
+def test_a_rest_of_one_image_is_refused_with_the_remedy_of_an_ordinary_datamodule():
+    with pytest.raises(ValueError, match=r"holds 1 image.*raise data.batch_size above 1, or set data.drop_last: true"):
+        step_loss(segmenter(method="supervised"), scene(1))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -354,7 +359,7 @@ def test_a_contrast_that_never_begins_is_warned_of(begin, weight, warned, recwar
 def test_a_run_without_end_is_told_of_the_schedule_that_needs_one():
     module = segmenter()
     module._trainer = SimpleNamespace(max_epochs=-1, estimated_stepping_batches=math.inf, train_dataloader=None)
-    with pytest.raises(ValueError, match="^schedule: poly needs an end of training"):
+    with pytest.raises(ValueError, match=r"^schedule: poly needs an end of training"):
         module.configure_optimizers()
 
 
