@@ -19,8 +19,8 @@ class ClassMeans(Metric):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(num_classes), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, labels: Tensor) -> None:
         """Add pixels.
@@ -29,12 +29,14 @@ class ClassMeans(Metric):
             values: (N,).
             labels: (N,) int64 classes.
         """
-        self.total += torch.bincount(labels, values.to(self.total), minlength=self.num_classes)
-        self.count += torch.bincount(labels, minlength=self.num_classes)
+        member = labels == torch.arange(self.num_classes, device=labels.device)[:, None]
+        # Pixels are added in a tree and not one by one, so that float32 (the best that some devices have) suffices.
+        self.total += torch.where(member, values.to(self.total), 0.0).sum(1)
+        self.count += member.sum(1)
 
     def compute(self) -> Tensor:
         """(C,) float32 means, NaN for a class without pixels."""
-        return (self.total / self.count).float()
+        return self.total / self.count
 
 
 class PseudoLabelQuality(Metric):
@@ -50,7 +52,7 @@ class PseudoLabelQuality(Metric):
         super().__init__()
         self.threshold = threshold
         for name in ("pixels", "confident", "known", "right", "known_confident", "right_confident"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, labels: Tensor, confidence: Tensor, truth: Tensor) -> None:
         """Add a batch.
@@ -82,4 +84,4 @@ class PseudoLabelQuality(Metric):
             "pseudo_accuracy": (self.right, self.known),
             "pseudo_confident_accuracy": (self.right_confident, self.known_confident),
         }
-        return {name: (part / whole).float() for name, (part, whole) in shares.items() if whole > 0}
+        return {name: part / whole for name, (part, whole) in shares.items() if whole > 0}

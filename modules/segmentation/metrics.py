@@ -34,16 +34,16 @@ class SegmentationScores(MulticlassConfusionMatrix):
             among labels or predictions; accuracy: among labels), and ``aacc``, the share of pixels that are right.
         """
         counts = super().compute()
-        exact = counts.double()
-        hits, labels, predictions = exact.diagonal(), exact.sum(1), exact.sum(0)
+        hits, labels, predictions = counts.diagonal(), counts.sum(1), counts.sum(0)
+        # Counts are whole numbers up to here, and so exact without the float64 that some devices do not have.
         iou, accuracy = hits / (labels + predictions - hits), hits / labels
         return {
             "confusion": counts,
-            "iou": iou.float(),
-            "accuracy": accuracy.float(),
-            "miou": iou.nanmean().float(),
-            "macc": accuracy.nanmean().float(),
-            "aacc": (hits.sum() / exact.sum()).float(),
+            "iou": iou,
+            "accuracy": accuracy,
+            "miou": iou.nanmean(),
+            "macc": accuracy.nanmean(),
+            "aacc": hits.sum() / counts.sum(),
         }
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from callbacks import EMATarget, ExactResume, StepSeed
 from datamodules import SemiSupervisedSegmentation
@@ -411,6 +413,52 @@ def test_class_means_leave_classes_without_pixels_open():
     assert found[0] == 2.0
     assert math.isnan(found[1])
     assert found[2] == 4.0
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuse every tensor of 64-bit floating-point numbers, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), function
+        return result
+
+
+def test_nothing_is_computed_or_kept_in_a_precision_that_a_device_may_not_have():
+    with NoDoubles():
+        module = segmenter(weak_threshold=0.0, variance_weight=0.1)
+        step_loss(module, both()).backward()
+        module.on_train_epoch_end()
+        step_loss(module, both())
+        module.eval().evaluate_batch(scene(mask_side=80), "val")
+        assert module.evaluation_scores("val")["val/main"] >= 0
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    states = {type(metric).__name__: metric.metric_state.values() for metric in metrics}
+    assert {"ClassMeans", "PseudoLabelQuality", "SegmentationScores", "MeanMetric"} <= states.keys()
+    kept = [value.dtype for values in states.values() for value in values]
+    kept += [value.dtype for value in module.state_dict().values()]
+    assert torch.float64 not in kept
+
+
+def test_totals_of_long_epochs_keep_their_digits():
+    """More pixels than float32 can count one by one."""
+    means, quality = ClassMeans(2), PseudoLabelQuality(0.5)
+    means.count += 1 << 24
+    means.total += 1 << 23
+    quality.pixels += 1 << 24
+    for _ in range(3):
+        means.update(torch.ones(1), torch.tensor([1]))
+        quality.update(torch.zeros(1, 1, 1).long(), torch.ones(1, 1, 1), torch.zeros(1, 1, 1).long())
+    assert means.count.tolist() == [1 << 24, (1 << 24) + 3]
+    assert quality.pixels == (1 << 24) + 3
+    means.reset()
+    generator = torch.Generator().manual_seed(0)
+    values, labels = torch.rand(200_000, generator=generator), torch.randint(2, (200_000,), generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        means.update(values, labels)
+    expected = [values[labels == label].double().mean().item() for label in range(2)]
+    assert means.compute().tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_epoch_logs_quality_variance_and_precision():
