@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modules.prcl.prototypes import GlobalPrototypes, class_statistics
+from modules.prcl.prototypes import ClassStatistics, GlobalPrototypes, class_statistics
 from modules.prcl.sampling import ClassPools, class_pools, draw_anchors, draw_negatives
 from modules.prcl.similarity import Gaussians, Reduction, check_reduction, gaussian_contrast, mutual_likelihood_score
 
@@ -24,12 +24,14 @@ class ContrastResult(NamedTuple):
         anchor_pool: (C,) int64 local pixels of each class that could be anchors.
         valid: (C,) int64 local pixels of each class that took part.
         prototypes: C Gaussians (C, D), means not normalised; variance 1 for a class that no process has seen.
+        statistics: sums over the pixels of all processes that the step's prototypes follow from.
     """
 
     loss: Tensor
     anchor_pool: Tensor
     valid: Tensor
     prototypes: Gaussians
+    statistics: ClassStatistics
 
 
 class PixelContrast(nn.Module):
@@ -115,7 +117,8 @@ class PixelContrast(nn.Module):
         """
         pixels = Gaussians(pixels.mean.float(), pixels.variance.float())
         constants = Gaussians(pixels.mean.detach(), pixels.variance.detach())
-        prototypes = self._prototypes(constants, labels, valid)
+        statistics = self._statistics(constants, labels, valid)
+        prototypes = self._as_point(statistics.prototypes() if self.memory is None else self.memory.fuse(statistics))
         everything = class_pools(labels, valid, self.num_classes)
         candidates = class_pools(labels, valid & hard, self.num_classes)
         classes = candidates.count.nonzero()[:, 0]
@@ -124,16 +127,14 @@ class PixelContrast(nn.Module):
         if present >= 2 and len(classes):
             losses = self._class_losses(pixels, constants, prototypes, (everything, candidates), classes, generator)
             loss = loss + losses.sum() / present
-        return ContrastResult(loss, candidates.count, everything.count, prototypes)
+        return ContrastResult(loss, candidates.count, everything.count, prototypes, statistics)
 
-    def _prototypes(self, pixels: Gaussians, labels: Tensor, valid: Tensor) -> Gaussians:
+    def _statistics(self, pixels: Gaussians, labels: Tensor, valid: Tensor) -> ClassStatistics:
         """Of all processes; every one of them comes by here, whatever classes it has."""
         chosen = Gaussians(*(part[valid] for part in pixels))
         if self.representation == "point":
             chosen = Gaussians(chosen.mean, torch.ones_like(chosen.variance))
-        statistics = class_statistics(chosen, labels[valid], self.num_classes).over_processes()
-        prototypes = statistics.prototypes() if self.memory is None else self.memory.fuse(statistics)
-        return self._as_point(prototypes)
+        return class_statistics(chosen, labels[valid], self.num_classes).over_processes()
 
     def _as_point(self, gaussians: Gaussians) -> Gaussians:
         if self.representation == "distribution":

@@ -383,8 +383,8 @@ class ProbabilisticSegmenter(SegmentationModule):
 
     def _watch(self, result: ContrastResult, weight: float) -> None:
         pools = result.anchor_pool
-        seen = result.valid.nonzero()[:, 0]
-        self.prototype_precision.update(-result.prototypes.variance[seen].log().mean(1), seen)
+        seen = result.statistics.count.nonzero()[:, 0]
+        self.prototype_precision.update(result.statistics.mean_precision()[seen].log().mean(1), seen)
         self._log_training(
             {
                 "contrast_weight": torch.tensor(weight, device=self.device),
@@ -404,7 +404,12 @@ class ProbabilisticSegmenter(SegmentationModule):
         )
 
     def on_train_epoch_end(self) -> None:
-        """Log the quality of pseudo-labels, and by class the variance of pixels and the log precision of prototypes."""
+        """Log the quality of pseudo-labels, and by class how certain the representation is.
+
+        ``variance/<class>`` is the mean variance of its pixels. ``precision/<class>`` is how sure its prototypes are:
+        the logarithm of their precision over the number of fused pixels (which the precision grows with, so that
+        classes of different size would not compare), averaged over dimensions and steps.
+        """
         values: dict[str, Tensor] = {}
         if self.has_teacher:
             values |= {f"train/{name}": value for name, value in self.quality.compute().items()}

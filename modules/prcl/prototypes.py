@@ -31,6 +31,13 @@ class ClassStatistics(NamedTuple):
         dimensions = self.precision.shape[1]
         return ClassStatistics(*together.split([dimensions, dimensions, 1], 1)[:2], together[:, -1])
 
+    def mean_precision(self) -> Tensor:
+        """Mean of 1 / variance over the pixels of each class, (C, D): 0 for one without pixels.
+
+        Unlike the precision of a prototype, it does not grow with the number of pixels that are fused.
+        """
+        return self.precision / self.count.clamp(min=1)[:, None]
+
     def prototypes(self) -> Gaussians:
         """``1 / v_c = sum 1 / v_i`` and ``m_c = v_c sum m_i / v_i``; mean 0, variance 1 for one without pixels."""
         variance = torch.where(self.precision > 0, 1.0 / self.precision, 1.0)

@@ -472,4 +472,28 @@ def test_an_epoch_logs_quality_variance_and_precision():
     assert variances
     assert all(0 < logged[name] < 1 for name in variances)
     assert {name.replace("variance", "precision") for name in variances} <= logged.keys()
-    assert all(logged[name] > 0 for name in logged if name.startswith("precision/")), "a class is surer than a pixel"
+
+
+def watched(**settings):
+    """What an epoch of one step logs, and what the contrast of that step was given and gave."""
+    module = segmenter(**{"weak_threshold": 0.0, "method": "prcl", **settings})
+    calls, contrast = [], module.contrast.forward
+    module.contrast.forward = lambda *args: calls.append((args, contrast(*args))) or calls[-1][1]
+    trainer = quiet_trainer(max_epochs=1, callbacks=[teacher_callback()])
+    trainer.fit(module, batches(1))
+    return trainer.callback_metrics, *calls[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"global_prototypes": True}], ids=["batch", "global"])
+def test_precision_is_that_of_a_pixel_and_so_compares_classes_of_any_size(settings):
+    """The precision of the fused pixels over their number, of each dimension; its logarithm averaged over these."""
+    logged, (pixels, labels, valid, _), _ = watched(**settings)
+    sizes = []
+    for label in range(CLASSES):
+        own = pixels.variance.detach().double()[valid & (labels == label)]
+        assert (f"precision/{label}" in logged) == bool(len(own))
+        if len(own):
+            expected = ((1 / own).sum(0) / len(own)).log().mean().item()
+            assert logged[f"precision/{label}"].item() == pytest.approx(expected, rel=1e-4)
+            sizes.append(len(own))
+    assert len(set(sizes)) > 1, "otherwise it would not matter that it is divided by them"
