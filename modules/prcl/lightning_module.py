@@ -190,6 +190,7 @@ class ProbabilisticSegmenter(SegmentationModule):
             {f"{stage}_{name}": EvaluationScores(num_classes) for stage in ("val", "test") for name in self.networks}
         )
         self.class_variance, self.prototype_precision = ClassMeans(num_classes), ClassMeans(num_classes)
+        self.class_anchors = ClassMeans(num_classes)
         self.quality = PseudoLabelQuality(unsupervised_threshold)
         self.loss_terms: dict[str, Tensor] = {}
         self._shown: PseudoLabelled | None = None
@@ -272,7 +273,6 @@ class ProbabilisticSegmenter(SegmentationModule):
             weight = self.contrast_weight()
             terms["contrast_loss"] = result.loss
             loss = loss + weight * result.loss
-            self._watch(result, weight)
             if variance is not None:
                 terms["variance"] = variance
                 loss = loss + self.hparams.variance_weight * variance
@@ -377,17 +377,20 @@ class ProbabilisticSegmenter(SegmentationModule):
         pixels, trusted = Gaussians(torch.cat(means), torch.cat(variances)), torch.cat(valid)
         result = self.contrast(pixels, torch.cat(labels), trusted, torch.cat(hard))
         self.class_variance.update(pixels.variance.detach().float().mean(1)[trusted], torch.cat(labels)[trusted])
+        self._watch(result, trusted_share=valid[1].float().mean())
         if not self.hparams.variance_weight:
             return result, None
         return result, (pixels.variance.float().mean(1) * trusted).sum() / trusted.sum().clamp(min=1)
 
-    def _watch(self, result: ContrastResult, weight: float) -> None:
+    def _watch(self, result: ContrastResult, trusted_share: Tensor) -> None:
         pools = result.anchor_pool
+        self.class_anchors.update(pools.float(), torch.arange(len(pools), device=pools.device))
         seen = result.statistics.count.nonzero()[:, 0]
         self.prototype_precision.update(result.statistics.mean_precision()[seen].log().mean(1), seen)
         self._log_training(
             {
-                "contrast_weight": torch.tensor(weight, device=self.device),
+                "contrast_weight": torch.tensor(self.contrast_weight(), device=self.device),
+                "trusted_share": trusted_share,
                 "anchor_pixels": pools.sum().float(),
                 "anchor_classes": (pools > 0).sum().float(),
             },
@@ -404,8 +407,9 @@ class ProbabilisticSegmenter(SegmentationModule):
         )
 
     def on_train_epoch_end(self) -> None:
-        """Log the quality of pseudo-labels, and by class how certain the representation is.
+        """Log the quality of pseudo-labels, and by class how many anchors there are and how certain they are.
 
+        ``anchors/<class>`` is the number of pixels that could be anchors in a step and process.
         ``variance/<class>`` is the mean variance of its pixels. ``precision/<class>`` is how sure its prototypes are:
         the logarithm of their precision over the number of fused pixels (which the precision grows with, so that
         classes of different size would not compare), averaged over dimensions and steps.
@@ -414,12 +418,20 @@ class ProbabilisticSegmenter(SegmentationModule):
         if self.has_teacher:
             values |= {f"train/{name}": value for name, value in self.quality.compute().items()}
             self.quality.reset()
-        if self.hparams.method == "prcl":
-            for prefix, metric in (("variance", self.class_variance), ("precision", self.prototype_precision)):
-                named = zip(self.class_names, metric.compute(), strict=True)
-                values |= {f"{prefix}/{name}": value for name, value in named if torch.isfinite(value)}
-                metric.reset()
+        for prefix, metric in self._by_class().items():
+            named = zip(self.class_names, metric.compute(), strict=True)
+            values |= {f"{prefix}/{name}": value for name, value in named if torch.isfinite(value)}
+            metric.reset()
         self.log_dict(values, sync_dist=True)
+
+    def _by_class(self) -> dict[str, ClassMeans]:
+        """Metrics of each class that the method has, by the prefix they are logged under."""
+        if self.contrast is None:
+            return {}
+        anchors = {"anchors": self.class_anchors}
+        if self.hparams.method == "point_contrast":
+            return anchors
+        return anchors | {"variance": self.class_variance, "precision": self.prototype_precision}
 
     # Evaluation
 

@@ -8,7 +8,7 @@ from modules.segmentation.metrics import VOID
 
 
 class ClassMeans(Metric):
-    """Mean of a value over the pixels of each class, over batches and processes.
+    """Mean of a value of each class over its pixels, or over steps, and over processes.
 
     Args:
         num_classes: C.

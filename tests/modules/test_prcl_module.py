@@ -497,3 +497,25 @@ def test_precision_is_that_of_a_pixel_and_so_compares_classes_of_any_size(settin
             assert logged[f"precision/{label}"].item() == pytest.approx(expected, rel=1e-4)
             sizes.append(len(own))
     assert len(set(sizes)) > 1, "otherwise it would not matter that it is divided by them"
+
+
+@pytest.mark.parametrize("method", ["prcl", "point_contrast"])
+def test_anchors_of_each_class_and_the_share_of_trusted_pixels_are_logged(method):
+    """Means over two steps, of the pixels that could be anchors and of the strong views that the teacher trusts."""
+    settings = {"method": method, "weak_threshold": 0.3, "strong_threshold": 0.3, "lr": 1e-9, "probability_lr": 1e-9}
+    module, calls = segmenter(**settings, **PLAIN_VIEWS), []
+    contrast = module.contrast.forward
+    module.contrast.forward = lambda *args: calls.append(args) or contrast(*args)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[teacher_callback()])
+    trainer.fit(module, batches(2))
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    anchors, trusted, unlabelled = np.zeros(CLASSES), 0, 0
+    for _, labels, valid, hard in calls:
+        anchors += [(valid & hard & (labels == label)).sum().item() for label in range(CLASSES)]
+        trusted += valid[len(valid) // 2 :].sum().item()
+        unlabelled += len(valid) // 2
+    assert [logged[f"anchors/{label}"] for label in range(CLASSES)] == pytest.approx(list(anchors / 2))
+    assert sum(anchors) > 0
+    assert logged["train/anchor_pixels"] == pytest.approx(anchors.sum() / 2)
+    assert logged["train/trusted_share"] == pytest.approx(trusted / unlabelled)
+    assert 0 < trusted < unlabelled
