@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from modules.optimization import epoch_poly, scaled_lr, steps_per_epoch, total_steps_of
 from modules.prcl.contrast import ContrastResult, PixelContrast
 from modules.prcl.losses import confidence_weighted_cross_entropy, ramp
-from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality
+from modules.prcl.monitoring import ClassMeans, EpochSums, PseudoLabelQuality, StepMeans
 from modules.prcl.network import PixelOutputs, RepresentationHeads, flat_pixels, nearest, pixel_outputs
 from modules.prcl.similarity import Gaussians, Reduction
 from modules.prcl.strong_views import MixName, PseudoLabelled, StrongViews
@@ -192,6 +192,7 @@ class ProbabilisticSegmenter(SegmentationModule):
         self.class_variance, self.prototype_precision = ClassMeans(num_classes), ClassMeans(num_classes)
         self.class_anchors = ClassMeans(num_classes)
         self.quality = PseudoLabelQuality(unsupervised_threshold)
+        self.terms = StepMeans(self._watched_terms())
         self.loss_terms: dict[str, Tensor] = {}
         self._shown: PseudoLabelled | None = None
 
@@ -268,16 +269,16 @@ class ProbabilisticSegmenter(SegmentationModule):
                 logits, strong.labels, strong.confidence, self.hparams.unsupervised_threshold
             )
             loss = loss + self.hparams.unsupervised_weight * terms["unsupervised_loss"]
+        watched: dict[str, Tensor] = {}
         if self.contrast is not None:
-            result, variance = self._contrast(outputs, labeled.masks, strong)
-            weight = self.contrast_weight()
+            result, variance, watched = self._contrast(outputs, labeled.masks, strong)
             terms["contrast_loss"] = result.loss
-            loss = loss + weight * result.loss
+            loss = loss + self.contrast_weight() * result.loss
             if variance is not None:
                 terms["variance"] = variance
                 loss = loss + self.hparams.variance_weight * variance
         self.loss_terms = {name: value.detach() for name, value in terms.items()}
-        self._log_training({"loss": loss.detach(), **self.loss_terms}, len(labeled.images))
+        self.terms.update({"loss": loss, **terms, **watched}, len(labeled.images))
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
         return {"loss": loss}
 
@@ -354,8 +355,12 @@ class ProbabilisticSegmenter(SegmentationModule):
 
     def _contrast(
         self, outputs: Sequence[PixelOutputs], masks: Tensor, strong: PseudoLabelled
-    ) -> tuple[ContrastResult, Tensor | None]:
-        """The contrast over labelled and unlabelled pixels, and their mean variance if it is asked for."""
+    ) -> tuple[ContrastResult, Tensor | None, dict[str, Tensor]]:
+        """The contrast over labelled and unlabelled pixels, their mean variance if it is asked for, and terms to watch.
+
+        Of these, ``trusted_share`` is the share of the strong views' pixels that take part: those whose pseudo-label
+        has at least the confidence ``weak_threshold``.
+        """
         labels, valid, hard, means, variances = [], [], [], [], []
         for output, full, confidence in zip(outputs, (masks, strong.labels), (None, strong.confidence), strict=True):
             size = output.logits.shape[2:]
@@ -377,50 +382,51 @@ class ProbabilisticSegmenter(SegmentationModule):
         pixels, trusted = Gaussians(torch.cat(means), torch.cat(variances)), torch.cat(valid)
         result = self.contrast(pixels, torch.cat(labels), trusted, torch.cat(hard))
         self.class_variance.update(pixels.variance.detach().float().mean(1)[trusted], torch.cat(labels)[trusted])
-        self._watch(result, trusted_share=valid[1].float().mean())
+        watched = self._watch(result) | {"trusted_share": valid[1].float().mean()}
         if not self.hparams.variance_weight:
-            return result, None
-        return result, (pixels.variance.float().mean(1) * trusted).sum() / trusted.sum().clamp(min=1)
+            return result, None, watched
+        return result, (pixels.variance.float().mean(1) * trusted).sum() / trusted.sum().clamp(min=1), watched
 
-    def _watch(self, result: ContrastResult, trusted_share: Tensor) -> None:
+    def _watch(self, result: ContrastResult) -> dict[str, Tensor]:
         pools = result.anchor_pool
         self.class_anchors.update(pools.float(), torch.arange(len(pools), device=pools.device))
         seen = result.statistics.count.nonzero()[:, 0]
         self.prototype_precision.update(result.statistics.mean_precision()[seen].log().mean(1), seen)
-        self._log_training(
-            {
-                "contrast_weight": torch.tensor(self.contrast_weight(), device=self.device),
-                "trusted_share": trusted_share,
-                "anchor_pixels": pools.sum().float(),
-                "anchor_classes": (pools > 0).sum().float(),
-            },
-            1,
-        )
+        return {
+            "contrast_weight": torch.tensor(self.contrast_weight(), device=self.device),
+            "anchor_pixels": pools.sum(),
+            "anchor_classes": (pools > 0).sum(),
+        }
 
-    def _log_training(self, values: dict[str, Tensor], batch_size: int) -> None:
-        self.log_dict(
-            {f"train/{name}": value for name, value in values.items()},
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=batch_size,
-        )
+    def _watched_terms(self) -> list[str]:
+        """What has a mean over the steps of an epoch: the loss, its terms, and numbers of the contrast."""
+        names = ["loss", "supervised_loss"]
+        if self.has_teacher:
+            names.append("unsupervised_loss")
+        if self.contrast is not None:
+            names += ["contrast_loss", "contrast_weight", "anchor_pixels", "anchor_classes", "trusted_share"]
+            names += ["variance"] if self.hparams.variance_weight else []
+        return names
+
+    def on_train_epoch_start(self) -> None:
+        """Start the metrics anew, also where weights were loaded that a run left in the middle of an epoch."""
+        for metric in self._epoch_metrics().values():
+            metric.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Log the quality of pseudo-labels, and by class how many anchors there are and how certain they are.
+        """Log means over the epoch's steps, and by class how many anchors there are and how certain pixels are.
 
         ``anchors/<class>`` is the number of pixels that could be anchors in a step and process.
         ``variance/<class>`` is the mean variance of its pixels. ``precision/<class>`` is how sure its prototypes are:
         the logarithm of their precision over the number of fused pixels (which the precision grows with, so that
         classes of different size would not compare), averaged over dimensions and steps.
         """
-        values: dict[str, Tensor] = {}
-        if self.has_teacher:
-            values |= {f"train/{name}": value for name, value in self.quality.compute().items()}
-            self.quality.reset()
+        metrics = [self.terms, self.quality] if self.has_teacher else [self.terms]
+        values = {f"train/{name}": value for metric in metrics for name, value in metric.compute().items()}
         for prefix, metric in self._by_class().items():
             named = zip(self.class_names, metric.compute(), strict=True)
             values |= {f"{prefix}/{name}": value for name, value in named if torch.isfinite(value)}
+        for metric in self._epoch_metrics().values():
             metric.reset()
         self.log_dict(values, sync_dist=True)
 
@@ -432,6 +438,22 @@ class ProbabilisticSegmenter(SegmentationModule):
         if self.hparams.method == "point_contrast":
             return anchors
         return anchors | {"variance": self.class_variance, "precision": self.prototype_precision}
+
+    def _epoch_metrics(self) -> dict[str, EpochSums]:
+        return {name: metric for name, metric in self.named_children() if isinstance(metric, EpochSums)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the metrics of all processes have seen of the epoch so far."""
+        for name, metric in self._epoch_metrics().items():
+            for state, value in metric.over_processes().items():
+                checkpoint["state_dict"][f"{name}.{state}"] = value
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with these in one process, as they are added up again."""
+        if self.global_rank > 0:
+            prefixes = tuple(f"{name}." for name in self._epoch_metrics())
+            for key in [key for key in checkpoint["state_dict"] if key.startswith(prefixes)]:
+                del checkpoint["state_dict"][key]
 
     # Evaluation
 

@@ -1,26 +1,88 @@
-"""What there is to watch while PRCL trains: quality of pseudo-labels, and uncertainty by class."""
+"""What there is to watch while PRCL trains: terms of the loss, quality of pseudo-labels, and uncertainty by class."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
 from modules.segmentation.metrics import VOID
 
 
-class ClassMeans(Metric):
+class EpochSums(Metric):
+    """Sums over the steps of an epoch that are part of the state dictionary, as the weights are.
+
+    So a run that is interrupted within an epoch and resumed tells of all of that epoch. A subclass adds its states with
+    :meth:`add_sum`.
+    """
+
+    full_state_update = False
+
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """Add a state of zeros."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum", persistent=True)
+
+    def over_processes(self) -> dict[str, Tensor]:
+        """The states, summed over all processes; to be called by all of them."""
+        states = {name: state.clone() for name, state in self.metric_state.items()}
+        if dist.is_available() and dist.is_initialized():
+            for state in states.values():
+                dist.all_reduce(state)
+        return states
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take the states, or none of them if they are those of other settings or of an older version."""
+        own = {f"{prefix}{name}": state for name, state in self.metric_state.items()}
+        given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        if given.keys() == own.keys() and all(given[key].shape == state.shape for key, state in own.items()):
+            state_dict |= {key: given[key].to(state) for key, state in own.items()}
+            # Otherwise torchmetrics warns of a metric without update, where nothing is left of the epoch but its end.
+            self._update_count = 1
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class StepMeans(EpochSums):
+    """Means over steps of some named numbers.
+
+    Args:
+        names: of the numbers.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.add_sum("total", len(self.names))
+        self.add_sum("weight")
+
+    def update(self, values: dict[str, Tensor], weight: float) -> None:
+        """Add a step.
+
+        Args:
+            values: a scalar for each name.
+            weight: of the step, for example its number of images.
+        """
+        self.total += weight * torch.stack([values[name].detach().to(self.total) for name in self.names])
+        self.weight += weight
+
+    def compute(self) -> dict[str, Tensor]:
+        """Mean of each number; empty without a step."""
+        return dict(zip(self.names, self.total / self.weight, strict=True)) if self.weight > 0 else {}
+
+
+class ClassMeans(EpochSums):
     """Mean of a value of each class over its pixels, or over steps, and over processes.
 
     Args:
         num_classes: C.
     """
 
-    full_state_update = False
-
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.add_state("total", torch.zeros(num_classes), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_sum("total", num_classes)
+        self.add_sum("count", num_classes, dtype=torch.int64)
 
     def update(self, values: Tensor, labels: Tensor) -> None:
         """Add pixels.
@@ -39,20 +101,18 @@ class ClassMeans(Metric):
         return self.total / self.count
 
 
-class PseudoLabelQuality(Metric):
+class PseudoLabelQuality(EpochSums):
     """How many pseudo-labels are confident, and how many are right where the hidden labels are known.
 
     Args:
         threshold: confidence from which on a label counts as confident.
     """
 
-    full_state_update = False
-
     def __init__(self, threshold: float) -> None:
         super().__init__()
         self.threshold = threshold
         for name in ("pixels", "confident", "known", "right", "known_confident", "right_confident"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_sum(name, dtype=torch.int64)
 
     def update(self, labels: Tensor, confidence: Tensor, truth: Tensor) -> None:
         """Add a batch.

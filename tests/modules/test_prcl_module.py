@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -18,7 +19,7 @@ from modules.prcl import ProbabilisticSegmenter
 from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality
 from tests.modules.street_scenes import CLASSES, TINY_BACKBONE, VOID, Scene, scene, scene_loader
 from tests.modules.toy_images import quiet_trainer, silence
-from tests.noisy_training import SaveAtStep, equal
+from tests.noisy_training import MemoryLogger, SaveAtStep, equal
 
 SMALL = {"backbone": TINY_BACKBONE, "num_classes": CLASSES, "anchors": 8, "negatives": 16, "dimensions": 32}
 PLAIN_VIEWS = {"mix": "none", "strong_scale": [1.0, 1.0], "photometric": False, "flip": False}
@@ -276,22 +277,104 @@ def test_pictures_have_four_parts_and_training_ones_appear_after_a_step():
         assert all(picture.min() >= 0 and picture.max() <= 1 for picture, _ in pictures)
 
 
-def run_on_shapes(folder, resume=None):
-    data = SemiSupervisedSegmentation("shapes", batch_size=2, images_per_epoch=6, seed=5)
-    module = segmenter(num_classes=data.num_classes, global_prototypes=True, weak_threshold=0.0)
-    callbacks = [teacher_callback(), ExactResume(), StepSeed(seed=1), SaveAtStep(4, folder / "middle.ckpt")]
-    trainer = quiet_trainer(max_epochs=2, callbacks=callbacks, use_distributed_sampler=False, limit_val_batches=0)
+class SaveAfterValidation(Callback):
+    """Write a checkpoint between the validation and the end of each epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.folder / f"validated-{trainer.current_epoch}.ckpt")
+
+
+def run_on_shapes(folder, resume=None, images=6, **options):
+    data = SemiSupervisedSegmentation("shapes", batch_size=2, images_per_epoch=images, seed=5)
+    module = segmenter(
+        num_classes=data.num_classes, global_prototypes=True, weak_threshold=0.0, unsupervised_threshold=0.1
+    )
+    logger = MemoryLogger()
+    saves = [SaveAtStep(step, folder / f"step-{step}.ckpt") for step in (2, 3, 4)]
+    callbacks = [teacher_callback(), ExactResume(), StepSeed(seed=1), SaveAfterValidation(folder), *saves]
+    arguments = {"max_epochs": 2, "use_distributed_sampler": False, "limit_val_batches": 1, **options}
+    trainer = quiet_trainer(callbacks=callbacks, logger=logger, **arguments)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    assert trainer.num_training_batches == 3, "the checkpoint is written inside an epoch"
-    return module.state_dict(), trainer.optimizers[0].state_dict()
+    assert trainer.num_training_batches == 3, "steps 2 and 4 are inside of an epoch"
+    return module.state_dict(), trainer.optimizers[0].state_dict(), logger.values
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    weights, optimizer = run_on_shapes(tmp_path)
-    again, resumed_optimizer = run_on_shapes(tmp_path, resume=tmp_path / "middle.ckpt")
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *run_on_shapes(folder)
+
+
+def of_epoch_ends(values, since=0):
+    """All that is logged at the ends of epochs but for the scores of validations, by name and step."""
+    return {
+        (name, step): value
+        for (name, step), value in values.items()
+        if "/" in name and not name.startswith("val/") and step >= since
+    }
+
+
+@pytest.mark.parametrize(("place", "first_end"), [("step-2", 2), ("step-3", 2), ("validated-0", 2), ("step-4", 5)])
+def test_a_resumed_run_equals_the_uninterrupted_one(whole_run, tmp_path, place, first_end):
+    """Also what it logs of the epoch that it was interrupted in, which is about all steps of that epoch."""
+    folder, weights, optimizer, logged = whole_run
+    again, resumed_optimizer, relogged = run_on_shapes(tmp_path, folder / f"{place}.ckpt")
     assert {name.split(".")[0] for name in weights} >= {"student", "teacher", "heads", "contrast"}
     assert equal(dict(weights), dict(again))
     assert equal(optimizer, resumed_optimizer)
+    expected = of_epoch_ends(logged, first_end)
+    prefixes = {name.partition("/")[0] for name, _ in expected}
+    assert prefixes >= {"train", "variance", "precision", "anchors"}
+    terms = ("loss", "supervised_loss", "unsupervised_loss", "contrast_loss", "pseudo_coverage", "trusted_share")
+    assert {f"train/{term}" for term in terms} <= {name for name, _ in expected}
+    assert of_epoch_ends(relogged) == expected
+
+
+def test_a_checkpoint_of_before_the_metrics_were_in_it_is_resumed(whole_run, tmp_path):
+    folder, _, _, logged = whole_run
+    content = torch.load(folder / "validated-0.ckpt", weights_only=True)
+    metrics = ("quality.", "class_", "prototype_precision.", "terms.")
+    older = {key: value for key, value in content["state_dict"].items() if not key.startswith(metrics)}
+    assert len(older) < len(content["state_dict"])
+    torch.save(content | {"state_dict": older}, tmp_path / "older.ckpt")
+    _, _, relogged = run_on_shapes(tmp_path, tmp_path / "older.ckpt")
+    assert of_epoch_ends(relogged, 5) == of_epoch_ends(logged, 5)
+    assert {key for key in of_epoch_ends(relogged) if key[1] < 5} == set(), "no steps, no metrics"
+
+
+def test_metrics_of_other_shapes_and_names_are_left_out_of_a_checkpoint():
+    """As after a change of the settings, or from a later version."""
+    module = segmenter()
+    step_loss(module, both())
+    states = module.state_dict() | {"terms.temperature": torch.ones(2), "class_variance.count": torch.ones(7)}
+    fresh = segmenter()
+    fresh.load_state_dict(states)
+    assert fresh.class_variance.count.tolist() == [0] * CLASSES
+    assert torch.equal(fresh.quality.pixels, module.quality.pixels)
+    assert fresh.quality.pixels > 0
+
+
+def test_an_epoch_starts_without_the_values_of_another(whole_run, tmp_path):
+    """Weights that were loaded from within an epoch begin a new run."""
+    folder, *_ = whole_run
+    module = segmenter(num_classes=11, global_prototypes=True)
+    module.load_state_dict(torch.load(folder / "step-2.ckpt", weights_only=True)["state_dict"])
+    assert module.quality.pixels > 0
+    seen = module.quality.pixels.item()
+    quiet_trainer(max_epochs=1, limit_train_batches=1, callbacks=[CountPixels(seen), teacher_callback()]).fit(
+        module, batches(1)
+    )
+
+
+class CountPixels(Callback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        assert pl_module.quality.pixels == 2 * 64 * 64 != self.seen
 
 
 @pytest.mark.parametrize("stream", ["labeled", "unlabeled"])

@@ -1,5 +1,7 @@
 """PRCL on two gloo ranks: metrics, teacher and global prototypes alike, and the steps of one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -7,7 +9,7 @@ from torch.utils.data import DataLoader
 from callbacks import EMATarget
 from modules.prcl import ProbabilisticSegmenter
 from tests.distributed import run_ranks
-from tests.modules.test_prcl_module import PLAIN_VIEWS, SMALL, both
+from tests.modules.test_prcl_module import PLAIN_VIEWS, SMALL, both, of_epoch_ends, run_on_shapes
 from tests.modules.test_segmenter_two_ranks import TWO_RANKS, evaluation, without_batch_statistics
 from tests.modules.toy_images import quiet_trainer
 
@@ -56,6 +58,24 @@ def on_a_rank(rank):
 @pytest.fixture(scope="module")
 def ranks():
     return run_ranks(on_a_rank, 2)
+
+
+def resumed_on_a_rank(rank, folder):
+    """What a whole run of two epochs of three steps logs, and what it logs that goes on from its fifth step."""
+    whole, resumed = Path(folder) / "whole", Path(folder) / "resumed"
+    *_, logged = run_on_shapes(whole, images=12, **TWO_RANKS)
+    *_, relogged = run_on_shapes(resumed, whole / "step-4.ckpt", images=12, **TWO_RANKS)
+    return of_epoch_ends(logged, 5), of_epoch_ends(relogged)
+
+
+def test_metrics_of_an_epoch_that_two_ranks_resume_are_those_of_all_of_it(tmp_path):
+    """Each rank has seen other pictures before the checkpoint, which rank 0 writes."""
+    first, _ = run_ranks(resumed_on_a_rank, 2, str(tmp_path))
+    logged, relogged = first
+    assert {name.partition("/")[0] for name, _ in logged} >= {"train", "variance", "precision", "anchors"}
+    assert relogged.keys() == logged.keys()
+    for key, value in logged.items():
+        assert relogged[key] == pytest.approx(value, rel=1e-5), key
 
 
 def test_metrics_of_the_same_weights_are_those_of_one_process(ranks):
