@@ -461,16 +461,18 @@ class ProbabilisticSegmenter(SegmentationModule):
         """Logits (B, C, H, W) of normalised images (B, channels, H, W), of the teacher if there is one."""
         return self._logits(next(iter(self.networks.values())), images)
 
-    def uncertainty(self, images: Tensor) -> Tensor:
+    def uncertainty(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
         """How uncertain each pixel is, in [0, 1]: (B, 1, H, W).
 
         The mean variance of the student's representation; without a head for that, one minus the largest probability.
 
         Args:
             images: (B, channels, H, W), normalised.
+            logits: (B, C, H, W) of these images, where they are known already; only needed without that head.
         """
         if self.heads is None or self.heads.probability is None:
-            return 1.0 - self(images).float().softmax(1).amax(1, keepdim=True)
+            logits = self(images) if logits is None else logits
+            return 1.0 - logits.float().softmax(1).amax(1, keepdim=True)
         return self.by_windows(self._mean_variance, images)
 
     def _mean_variance(self, images: Tensor) -> Tensor:
@@ -500,9 +502,9 @@ class ProbabilisticSegmenter(SegmentationModule):
         masks: list[Tensor] = []
         maps: list[Tensor] = []
         for images, labels in groups_of_one_size(batch):
-            size = labels.shape[1:]
-            masks += list(resize_logits(self(images).float(), size).argmax(1).byte())
-            maps += list(resize_logits(self.uncertainty(images).float(), size)[:, 0])
+            size, logits = labels.shape[1:], self(images).float()
+            masks += list(resize_logits(logits, size).argmax(1).byte())
+            maps += list(resize_logits(self.uncertainty(images, logits).float(), size)[:, 0])
         return {"index": batch.index, "masks": masks, "uncertainty": maps}
 
     def pictures(self, batch: Any) -> dict[str, list[tuple[Tensor, str]]]:

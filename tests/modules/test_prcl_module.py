@@ -251,6 +251,20 @@ def test_predictions_bring_their_uncertainty():
         assert torch.allclose(doubt, 1 - plain.student(batch.images).softmax(1).amax(1, keepdim=True))
 
 
+@pytest.mark.parametrize("method", ["point_contrast", "mean_teacher", "supervised"])
+def test_one_pass_predicts_masks_and_uncertainty_where_no_head_gives_the_latter(method):
+    module, batch, passes = segmenter(method=method).eval(), scene(mask_side=80), []
+    for network in module.networks.values():
+        network.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        found = module.predict_step(batch, 0)
+        assert len(passes) == 1
+        logits = module(batch.images)
+    doubt = 1 - logits.softmax(1).amax(1, keepdim=True)
+    expected = functional.interpolate(doubt, size=80, mode="bilinear")[:, 0]
+    assert torch.allclose(torch.stack(found["uncertainty"]), expected, atol=1e-6)
+
+
 def test_scales_flips_and_windows_change_what_is_evaluated():
     images = scene().images
     outputs = {}
