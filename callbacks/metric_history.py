@@ -8,6 +8,11 @@ from torch import Tensor
 
 from callbacks.media import Media
 
+COLOURS = "tab10"
+LINE_STYLES = ("-", "--", ":", "-.")
+MARKERS = (".", "x", "^", "s", "+", "d", "v")
+LEGEND_ROWS = 25
+
 
 class MetricHistory(Callback):
     """Draws all metrics of one prefix against the epoch, as ``history/<prefix>`` on the dashboard and on disk.
@@ -85,16 +90,32 @@ class MetricHistory(Callback):
 def _draw(media: Media, prefix: str, lines: dict[str, list[list[float]]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    columns = -(-len(lines) // LEGEND_ROWS)
+    figure = Figure(figsize=(6 + columns, 4), layout="constrained")
     axis = figure.subplots()
-    for name, line in lines.items():
+    for place, (name, line) in enumerate(lines.items()):
         epochs, values = zip(*line, strict=True)
-        axis.plot(epochs, values, marker=".", label=name)
+        axis.plot(epochs, values, label=name, **_look(place))
     axis.set_xlabel("epoch")
+    axis.set_ylabel(prefix, parse_math=False)
     axis.set_title(prefix, parse_math=False)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
     media.figure(f"history/{prefix}", figure)
     media.table(f"history/{prefix}_values", ["name", "epoch", "value"], _rows(lines))
+
+
+def _look(place: int) -> dict[str, Any]:
+    """Colour, then style of the line, then marker: another one for each of 280 lines."""
+    from matplotlib import color_sequences
+
+    colours = color_sequences[COLOURS]
+    style, marker = place // len(colours), place // (len(colours) * len(LINE_STYLES))
+    return {
+        "color": colours[place % len(colours)],
+        "linestyle": LINE_STYLES[style % len(LINE_STYLES)],
+        "marker": MARKERS[marker % len(MARKERS)],
+        "markersize": 4,
+    }
 
 
 def _rows(lines: dict[str, list[list[float]]]) -> Sequence[Sequence[Any]]:

@@ -86,6 +86,25 @@ def test_one_line_for_each_name(tmp_path, monkeypatch):
     assert shown == {"road": [[0, 100], [1, 101], [2, 102]], "sky": [[0, 200], [2, 202]]}
 
 
+def test_each_of_many_lines_has_a_look_of_its_own_and_the_axis_a_name(tmp_path, monkeypatch):
+    """As many as the classes of ADE20K; of few lines no two have one colour."""
+    figures = []
+    monkeypatch.setattr("callbacks.media._encode_figure", lambda figure: figures.append(figure) or b"")
+
+    def drawn_lines(count):
+        lines = {f"class {row}": [[0, float(row)], [1, float(row)]] for row in range(count)}
+        history = MetricHistory(["variance"])
+        history.load_state_dict({"values": {"variance": lines}})
+        fit(tmp_path, history, 1)
+        return figures[-1].axes[0]
+
+    axis = drawn_lines(150)
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axis.get_lines()}
+    assert len(looks) == len(axis.get_lines()) >= 150
+    assert axis.get_ylabel() == "variance"
+    assert len({line.get_color() for line in drawn_lines(10).get_lines()}) >= 10
+
+
 @pytest.mark.parametrize(("interval", "known"), [(1, 3), (3, 2)])
 def test_a_resumed_run_goes_on_with_the_values(tmp_path, interval, known):
     """Saved at the end of an epoch, or within it after validation, when the module logs again after the resume."""
