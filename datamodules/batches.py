@@ -95,7 +95,8 @@ class LinkQueryBatch(NamedTuple):
         index: (B,) int64 row of each query: of n triples, 0..n-1 ask for the tail and n..2n-1 for the head.
         category: (B,) int64 kind of the relation, not reversed: 0 is 1-1, 1 is 1-N, 2 is N-1, 3 is N-N.
         known: (2, N) int64 (row in the batch, entity): right answers in any part of the data, without ``tails``.
-        linked: (2, L) int64 (row in the batch, entity) that some relation links the head to.
+        linked: (2, L) int64 (row in the batch, entity) that some relation links the head to; None, as the next
+            three, where the data does not count.
         linked_counts: (L,) int64 number of such relations.
         seen: (2, S) int64 (row in the batch, entity) that is a tail of the relation, whatever the head.
         seen_counts: (S,) int64 number of such heads.
@@ -108,8 +109,8 @@ class LinkQueryBatch(NamedTuple):
     index: Tensor
     category: Tensor
     known: Tensor
-    linked: Tensor
-    linked_counts: Tensor
-    seen: Tensor
-    seen_counts: Tensor
+    linked: Tensor | None
+    linked_counts: Tensor | None
+    seen: Tensor | None
+    seen_counts: Tensor | None
     entity_counts: Tensor

@@ -75,7 +75,7 @@ class LinkQueries(Dataset):
         index: Training triples with reverses.
         known: All triples with reverses, whose tails are right answers.
         category: (R,) int64 kind of each relation.
-        counts: Give ``linked`` and ``seen``; otherwise they are empty.
+        counts: Give ``linked`` and ``seen``; otherwise they are None.
     """
 
     def __init__(
@@ -97,16 +97,14 @@ class LinkQueries(Dataset):
         heads, relations, tails = np.ascontiguousarray(self.triples[key.rows].T)
         known = self.known.tails_of(heads, relations)
         others = known.values != tails[known.rows]
-        nothing = np.empty(0, dtype=np.int64)
-        linked = seen = Gathered(nothing, nothing, nothing)
+        counted = [None] * 4
         if self.counts:
-            linked, seen = self.index.linked.gather(heads), self.index.seen.gather(relations)
+            counted = [*_pairs(self.index.linked.gather(heads)), *_pairs(self.index.seen.gather(relations))]
         return LinkQueryBatch(
             *map(torch.from_numpy, (heads, relations, tails, key.rows)),
             torch.from_numpy(self.category[relations % len(self.category)]),
             torch.from_numpy(np.stack([known.rows[others], known.values[others]])),
-            *_pairs(linked),
-            *_pairs(seen),
+            *counted,
             torch.from_numpy(self.index.entity_counts),
         )
 
@@ -141,7 +139,7 @@ class KnowledgeGraph(RepeatableLoaders):
         unseen: What happens to held-out triples with an entity or relation that training lacks: ``error``, ``keep`` or
             ``drop``.
         query_counts: Say in each query which entities are linked to its head and seen with its relation, as AnKGE and
-            its controls need; without that, large graphs are evaluated with less memory.
+            the control ``unlinked`` need; without that, large graphs are evaluated with less memory.
         memory_map: Keep the parsed triples in a file that is read where needed, for graphs that memory would not hold.
         cache: Folder of that file; None puts it beside the data.
         num_workers: Loading processes; None for 0, as a batch is made of arrays in a few milliseconds.

@@ -29,8 +29,17 @@ def train_base(cli: AppCLI) -> None:
     """Where `model.init_args.base` names a configuration, train that on the same data, in the folder `base` of the run.
 
     Its best checkpoint is the base then, and the score function is that of the base unless it is given.
+
+    Raises:
+        UserError: If the base model cannot be had so, or settings contradict each other.
     """
     options = cli.config[cli.subcommand].model.get("init_args", {})
+    data = cli.config[cli.subcommand].data.get("init_args", {})
+    if options.get("adaptive_weights") and not data.get("query_counts", True) and cli.subcommand != "export":
+        raise UserError(
+            "--data.query_counts false: AnKGE weighs its scores by these counts; set --data.query_counts true, or "
+            "--model.adaptive_weights false"
+        )
     if cli.subcommand != "fit" or "base" not in options:
         return
     if cli.inner_folder is not None:

@@ -276,10 +276,19 @@ class AnalogicalEmbedding(LinkPredictor):
         return base, torch.stack([offset - self.tables.tail_distances(*level) for level in levels])
 
     def count_weights(self, batch: Any) -> Tensor:
-        """w_E, w_R and w_T, (3, B, E): how many of the kept analogical objects the training graph has, at most 1."""
+        """w_E, w_R and w_T, (3, B, E): how many of the kept analogical objects the training graph has, at most 1.
+
+        Raises:
+            ValueError: If the batch does not have the counts.
+        """
         shape = (len(batch.heads), self.hparams.num_entities)
         if not self.hparams.adaptive_weights:
             return batch.entity_counts.new_ones(len(LEVELS), 1, 1, dtype=torch.float32).expand(-1, *shape)
+        if batch.seen is None or batch.linked is None:
+            raise ValueError(
+                "adaptive_weights: the queries have no counts of the training graph; set --data.query_counts true, or "
+                "--model.adaptive_weights false"
+            )
         options, weights = self.hparams, torch.zeros(len(LEVELS), *shape, device=batch.heads.device)
         weights[0, batch.seen[0], batch.seen[1]] = (batch.seen_counts / options.entities).clamp(max=1).float()
         weights[1, batch.linked[0], batch.linked[1]] = (batch.linked_counts / options.relations).clamp(max=1).float()
@@ -297,7 +306,7 @@ class AnalogicalEmbedding(LinkPredictor):
         weights = self.count_weights(batch)
         levels *= weights
         parts = {"method": levels, "identity": weights * base}
-        ranks = {"base": self.filtered_ranks(base, batch), "unlinked": self.unlinked_ranks(base, batch)}
+        ranks = {"base": self.filtered_ranks(base, batch), **self.unlinked_ranks(base, batch)}
         for name, kept in TRIED.items():
             if self.hparams.level_grid and not self.trainer.testing:
                 tried = [self.filtered_ranks(_combined(base, parts[name], lambdas), batch) for lambdas in self.grid]

@@ -30,7 +30,7 @@ class KnowledgeGraphEmbedding(LinkPredictor):
     Batches for training have ``heads``, ``relations``, ``tails`` (B,), ``negatives`` that are shared by all (K,), by
     groups of rows (C, K) or by none (B, K), ``excluded`` (B, K) and ``weights`` (B,). See
     :class:`modules.knowledge_graph.link_predictor.LinkPredictor` for evaluation; its control ``unlinked`` leaves out
-    all tails that training links to the head.
+    all tails that training links to the head, where the batches say which these are.
 
     Args:
         scoring: score function, or what its ``describe`` returned.
@@ -133,7 +133,7 @@ class KnowledgeGraphEmbedding(LinkPredictor):
         if self._is_spread:
             return sharded_ranks(self.tables, batch, self.ties)
         scores = self.candidate_scores(batch)
-        return {"method": self.filtered_ranks(scores, batch), "unlinked": self.unlinked_ranks(scores, batch)}
+        return {"method": self.filtered_ranks(scores, batch), **self.unlinked_ranks(scores, batch)}
 
     def best_tails(self, batch: Any) -> tuple[Tensor, Tensor]:
         """See the base class."""

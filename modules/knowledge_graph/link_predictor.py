@@ -23,7 +23,7 @@ class LinkPredictor(LightningModule, ABC):
 
     Metrics: ``<stage>/mrr``, ``/hits@1``, ``/hits@3``, ``/hits@10``, ``/mean_rank``, ``/count``, those of the sides
     (``<stage>/tail/mrr``) and of kinds of relations (``<stage>/N-1/mrr``), and those of each control
-    (``<stage>/unlinked/mrr``). ``val/main`` is the filtered MRR.
+    (``<stage>/unlinked/mrr``), without those that the batches cannot tell. ``val/main`` is the filtered MRR.
 
     Args:
         num_entities: E.
@@ -57,7 +57,10 @@ class LinkPredictor(LightningModule, ABC):
 
     @abstractmethod
     def rankings(self, batch: Any) -> dict[str, Tensor]:
-        """Ranks (B,) of the targets by name: ``method``, and each of the controls; (G, B) where ways are tried out."""
+        """Ranks (B,) of the targets by name: ``method``, and each of the controls; (G, B) where ways are tried out.
+
+        A control that the batch does not tell enough for is left out.
+        """
 
     def pick(self, name: str, values: Tensor) -> Tensor:
         """The one way that counts, of values (G, ...) that were found in G ways; others are returned as they are."""
@@ -67,12 +70,17 @@ class LinkPredictor(LightningModule, ABC):
         """Rank (B,) of each target in scores (B, E), other true tails left out."""
         return ranks_by_counting(scores, batch.tails, batch.known, ties=self.ties)
 
-    def unlinked_ranks(self, scores: Tensor, batch: Any) -> Tensor:
-        """The same where all tails that training links to the head come last, the target too if it is one of them."""
+    def unlinked_ranks(self, scores: Tensor, batch: Any) -> dict[str, Tensor]:
+        """``unlinked``: the same where all tails that training links to the head come last, the target too if linked.
+
+        Nothing where the batch does not say which these are.
+        """
+        if batch.linked is None:
+            return {}
         rows, columns = batch.linked
         scores = scores.clone()
         scores[rows, columns] = -torch.inf
-        return self.filtered_ranks(scores, batch)
+        return {"unlinked": self.filtered_ranks(scores, batch)}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Rank the targets of a batch; returns them with the rows of the queries."""
@@ -87,8 +95,8 @@ class LinkPredictor(LightningModule, ABC):
         side = (batch.relations >= self.hparams.num_relations).long()
         sides = torch.nn.functional.one_hot(side, len(SIDES))
         groups = torch.cat([sides, torch.nn.functional.one_hot(batch.category, len(CATEGORIES))], dim=1).bool()
-        for name, values in ranks.items():
-            metrics[name].update_ranks(values, groups if name == "method" else None)
+        for name, metric in metrics.items():  # a control that is left out counts no query
+            metric.update_ranks(ranks.get(name, ranks["method"].new_empty(0)), groups if name == "method" else None)
         own = {f"rank_{name}": self.pick(name, values) for name, values in ranks.items()}
         return {"index": batch.index, "relations": batch.relations} | own
 
@@ -110,6 +118,8 @@ class LinkPredictor(LightningModule, ABC):
             name: {key: self.pick(name, value) for key, value in values.items()} for name, values in scores.items()
         }
         for name, values in scores.items():
+            if name != "method" and not values["count"]:
+                continue
             prefix = stage if name == "method" else f"{stage}/{name}"
             wanted = values if name == "method" else {key: values[key] for key in SHOWN}
             for key, value in wanted.items():

@@ -37,11 +37,11 @@ def sharded_ranks(tables: ShardedEmbeddingTables, batch: Any, ties: str) -> dict
 
     Args:
         tables: entities that are spread.
-        batch: queries with ``heads``, ``relations``, ``tails`` (B,), ``known`` and ``linked`` (2, M).
+        batch: queries with ``heads``, ``relations``, ``tails`` (B,), ``known`` and ``linked`` (2, M) or None.
         ties: rule for equal scores.
 
     Returns:
-        ``method`` and ``unlinked``, (B,) float64.
+        ``method`` and, with ``linked``, ``unlinked``, (B,) float64.
     """
     if (batch.tails < 0).any():
         raise ValueError("tails: -1 is no entity, expected the right answer of each query")
@@ -50,11 +50,14 @@ def sharded_ranks(tables: ShardedEmbeddingTables, batch: Any, ties: str) -> dict
     held = share.end - share.start
     columns = rows_of_all(batch.tails, counts, share) - share.start
     columns = torch.where((columns >= 0) & (columns < held), columns, held)
-    known, linked = (_held_pairs(pairs, first, tables) for pairs in (batch.known, batch.linked))
-    ranks: dict[str, list[Tensor]] = {"method": [], "unlinked": []}
+    known = _held_pairs(batch.known, first, tables)
+    linked = None if batch.linked is None else _held_pairs(batch.linked, first, tables)
+    ranks: dict[str, list[Tensor]] = {"method": []} | ({} if linked is None else {"unlinked": []})
     for start, scores in _score_blocks(tables, queries):
         targets, own_known = columns[start : start + len(scores)], _of_rows(known, start, len(scores))
         ranks["method"].append(_ranks(scores, targets, own_known, ties))
+        if linked is None:
+            continue
         rows, places = _of_rows(linked, start, len(scores))
         scores[rows, places] = -torch.inf
         ranks["unlinked"].append(_ranks(scores, targets, own_known, ties))

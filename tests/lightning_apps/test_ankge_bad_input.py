@@ -133,6 +133,10 @@ ANALOGY_OPTIONS = {
         ["--model.pairs", "7", "--model.candidate_entities", "2", "--model.candidate_relations", "3"],
         "pairs is 7, but 2 candidate_entities and 3 candidate_relations make only 6",
     ),
+    "no counts": (
+        ["--data.query_counts", "false"],
+        "--data.query_counts false: AnKGE weighs its scores by these counts; set --data.query_counts true",
+    ),
     "two weights": (
         ["--model.level_grid", "null", "--model.level_weights", "[0.1, 0.2]"],
         "level_weights has 2 entries, expected 3: entity, relation, triple",

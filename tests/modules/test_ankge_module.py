@@ -296,6 +296,19 @@ def test_weights_of_the_counts(folder, bases):
     assert all(len(seen) > 1 for seen in values), values
 
 
+def test_queries_without_counts_have_no_weights_of_them(folder, bases):
+    data = analogies(folder, query_counts=False)
+    for stage in ("validate", "test", "predict"):
+        with pytest.raises(ValueError, match=r"no counts of the training graph; set --data\.query_counts true"):
+            getattr(quiet_trainer(), stage)(on_base(bases), datamodule=data)
+    module = on_base(bases, adaptive_weights=False, level_grid=GRID)
+    (scores,) = quiet_trainer().validate(module, datamodule=data, verbose=False)
+    (expected,) = quiet_trainer().validate(module, datamodule=analogies(folder), verbose=False)
+    left_out = {key for key in expected if "unlinked" in key}
+    assert left_out
+    assert scores == {key: value for key, value in expected.items() if key not in left_out}
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_without_weights_of_levels_the_base_is_left(folder, bases, name):
     module = on_base(bases, name, level_weights=[0.0, 0.0, 0.0])

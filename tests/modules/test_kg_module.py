@@ -104,6 +104,15 @@ def test_metrics_are_those_of_slow_loops(folder, name):
     assert scores["val/unlinked/mrr"] != scores["val/mrr"]
 
 
+def test_without_counts_the_control_is_left_out(folder):
+    module = model()
+    scores = evaluated(module, graph(folder, query_counts=False))
+    expected = evaluated(module, graph(folder))
+    left_out = {key for key in expected if "unlinked" in key}
+    assert left_out
+    assert scores == {key: value for key, value in expected.items() if key not in left_out}
+
+
 def test_the_test_has_its_own_metrics(folder):
     module = model("RotatE")
     scores = evaluated(module, graph(folder), "test")

@@ -65,7 +65,7 @@ def trained(folder, path, name="TransE", sharded=True, data_options=None, **opti
     return content(trainer, path)
 
 
-def evaluated(folder, name, sharded=True, **options):
+def evaluated(folder, name, sharded=True, counts=True, **options):
     """Scores of both evaluations, and the rank of each query of this process."""
     module = model(name, sharded)
     ranks = {}
@@ -74,13 +74,14 @@ def evaluated(folder, name, sharded=True, **options):
     def noted(batch, batch_idx):
         found = step(batch, batch_idx)
         for place, row in enumerate(found["index"].tolist()):
-            ranks[row] = (found["rank_method"][place].item(), found["rank_unlinked"][place].item())
+            ranks[row] = tuple(found[key][place].item() for key in ("rank_method", "rank_unlinked") if key in found)
         return found
 
     module.validation_step = noted
     trainer = quiet_trainer(**options)
-    scores = dict(trainer.validate(module, datamodule=data(folder), verbose=False)[0])
-    return scores | trainer.test(module, datamodule=data(folder), verbose=False)[0], ranks
+    queries = data(folder, query_counts=counts)
+    scores = dict(trainer.validate(module, datamodule=queries, verbose=False)[0])
+    return scores | trainer.test(module, datamodule=queries, verbose=False)[0], ranks
 
 
 def answers(folder, name, count, sharded=True, **options):
@@ -135,6 +136,7 @@ def on_a_rank(rank, folder, files):
         found[f"weighted, {kind}"] = trained(folder, f"{files}/weighted-{kind}.ckpt", **options, **TWO_RANKS)
     found["clipped"] = trained(folder, f"{files}/clipped.ckpt", gradient_clip_val=0.05, **TWO_RANKS)
     found["scores"] = {name: evaluated(folder, name, **TWO_RANKS) for name in KINDS}
+    found["scores without counts"] = evaluated(folder, "TransE", counts=False, **TWO_RANKS)
     sharded_ranking.SCORES = 40  # two queries at a time
     row_exchange.BLOCK = sharded_tables.BLOCK = 30  # five rows
     found["scores in blocks"] = evaluated(folder, "RotatE", **TWO_RANKS)
@@ -250,6 +252,13 @@ def test_every_query_has_its_rank_once(ranks, folders, name):
         assert not own.keys() & together.keys()
         together |= own
     assert together == by_row
+
+
+def test_without_counts_the_control_is_left_out(ranks, folders):
+    expected, by_row = evaluated(folders[0], "TransE", sharded=False)
+    for scores, own in (found["scores without counts"] for found in ranks):
+        assert scores == pytest.approx({key: value for key, value in expected.items() if "unlinked" not in key})
+        assert own == {row: by_row[row][:1] for row in own}
 
 
 def test_ranks_of_few_queries_at_a_time(ranks, folders):
