@@ -17,6 +17,7 @@ from callbacks import EMATarget, ExactResume, StepSeed
 from datamodules import SemiSupervisedSegmentation
 from modules.prcl import ProbabilisticSegmenter
 from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality
+from modules.prcl.strong_views import PseudoLabelled
 from tests.modules.street_scenes import CLASSES, TINY_BACKBONE, VOID, Scene, scene, scene_loader
 from tests.modules.toy_images import quiet_trainer, silence
 from tests.noisy_training import MemoryLogger, SaveAtStep, equal
@@ -135,6 +136,30 @@ def test_void_everywhere_is_no_reason_to_fail():
     assert torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "nothing labelled either"])
+@pytest.mark.parametrize("method", ["prcl", "point_contrast", "mean_teacher"])
+def test_strong_views_without_a_label_leave_a_finite_loss(method, labelled):
+    """As where all of a view is padding, or cut out: no label, no confidence."""
+    module, batch = segmenter(method=method, strong_threshold=1.0, variance_weight=0.1), both()
+    module.strong_views = lambda views: PseudoLabelled(
+        views.images, torch.full_like(views.labels, VOID), torch.zeros_like(views.confidence)
+    )
+    if not labelled:
+        batch["labeled"].masks.fill_(VOID)
+    loss = step_loss(module, batch)
+    terms = module.loss_terms
+    assert terms["unsupervised_loss"] == 0
+    assert all(torch.isfinite(value) for value in terms.values())
+    if labelled:
+        assert terms["supervised_loss"] > 0
+        assert terms.get("contrast_loss", 1.0) > 0, "of the labelled pixels alone"
+    else:
+        assert loss == 0
+    loss.backward()
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
 def test_two_classes_have_a_contrast():
     module = segmenter(num_classes=2, weak_threshold=0.0, strong_threshold=1.0)
     batch = both()
@@ -208,9 +233,31 @@ def test_teacher_follows_the_parameters_and_keeps_its_own_batch_statistics():
     assert not torch.equal(*statistics)
     assert module.teacher.project.bn.num_batches_tracked == 1, "its own pass over weak views"
     assert module.student.project.bn.num_batches_tracked == 2
-    quiet_trainer(max_steps=3, callbacks=[teacher_callback()]).fit(module, batches(3))
-    moved = {name: (student[name] - value).abs().max().item() for name, value in teacher.items()}
-    assert max(moved.values()) > 1e-6
+
+
+class Students(Callback):
+    """The parameters of the student after each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.seen.append({name: value.detach().clone() for name, value in pl_module.student.named_parameters()})
+
+
+@pytest.mark.parametrize(("momentum", "shares"), [(0.99, [1 / 4] * 4), (0.6, [0.18, 0.18, 0.24, 0.4])])
+def test_the_teacher_is_the_published_average_of_the_students(momentum, shares):
+    """With 1 - 1 / (s + 1) of the old in update s their plain mean, until that exceeds the momentum."""
+    module, students = segmenter(lr=0.02), Students()
+    callbacks = [EMATarget("student", "teacher", momentum=momentum, schedule="warmup", log_as=None), students]
+    quiet_trainer(max_epochs=1, callbacks=callbacks).fit(module, batches(4))
+    moved = 0.0
+    for name, value in module.teacher.named_parameters():
+        each = [student[name].double() for student in students.seen]
+        expected = sum(share * one for share, one in zip(shares, each, strict=True))
+        torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-5)
+        moved = max(moved, (expected - each[-1]).abs().max().item())
+    assert moved > 1e-3, "otherwise it would not matter how they are averaged"
 
 
 def test_evaluation_scores_teacher_and_student_at_the_size_of_the_masks():

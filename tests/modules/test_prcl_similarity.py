@@ -1,10 +1,13 @@
 """Mutual likelihood score and the contrast on it, against float64 formulas with all pairs at once."""
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modules.prcl import similarity
 from modules.prcl.similarity import Gaussians, gaussian_contrast, mutual_likelihood_score
@@ -109,6 +112,57 @@ def test_no_gradient_reaches_the_keys_and_nothing_of_all_pairs_is_kept():
     assert sum(tensor.numel() for tensor in kept) == 2 * 20 * 16
     assert all(part.grad is None for part in keys)
     assert all(part.grad.abs().max() > 0 for part in anchors)
+
+
+class PeakOfTensors(TorchDispatchMode):
+    """Largest sum of bytes that new tensors held at a time, counted operation by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.bytes, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {part.untyped_storage().data_ptr() for part in tree_leaves((args, kwargs)) if torch.is_tensor(part)}
+        for part in tree_leaves(result):
+            if torch.is_tensor(part):
+                self._count(part.untyped_storage(), given)
+        return result
+
+    def _count(self, storage, given):
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place in given or place in self.alive or not size:
+            return
+        self.alive[place] = size
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._free, place)
+
+    def _free(self, place):
+        self.bytes -= self.alive.pop(place)
+
+
+def peak_of(function, anchors, keys, index):
+    leaves = Gaussians(*(part.clone().requires_grad_() for part in anchors))
+    with PeakOfTensors() as meter:
+        function(leaves, keys, index).sum().backward()
+    return meter.peak
+
+
+def test_a_class_of_full_size_takes_less_than_a_third_of_a_gigabyte():
+    """Section 17, check 5; the meter is tried on the formula with all pairs, which holds some of 134 MB each."""
+    arguments = problem(anchors=256, keys=2000, negatives=512, dimensions=256)
+
+    def all_pairs(anchors, keys, index):
+        spread = anchors.variance[:, None] + keys.variance[index]
+        terms = (anchors.mean[:, None] - keys.mean[index]) ** 2 / spread + torch.log(spread)
+        return -0.5 * terms.sum(2).logsumexp(1)
+
+    small = problem(anchors=32, keys=2000, negatives=512, dimensions=256)
+    assert 8 * peak_of(all_pairs, *small) > 0.6e9
+    found = peak_of(gaussian_contrast, *arguments)
+    assert 2 * 256 * 256 * 4 <= found <= 0.3e9
+    assert found < 3 * peak_of(gaussian_contrast, *small), "nothing of all pairs is held at once"
 
 
 def test_without_gradients_the_losses_are_the_same():

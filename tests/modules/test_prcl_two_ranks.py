@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from callbacks import EMATarget
 from modules.prcl import ProbabilisticSegmenter
 from tests.distributed import run_ranks
+from tests.modules.street_scenes import join
 from tests.modules.test_prcl_module import PLAIN_VIEWS, SMALL, both, of_epoch_ends, run_on_shapes
 from tests.modules.test_segmenter_two_ranks import TWO_RANKS, evaluation, without_batch_statistics
 from tests.modules.toy_images import quiet_trainer
@@ -47,12 +48,31 @@ def one_class_on_rank_one(rank):
     return batches
 
 
+def contrast_batches():
+    """Two batches, the second one with labels of a single class: for two ranks, or joined for one process."""
+    batches = [both(seed=seed) for seed in range(2)]
+    batches[1]["labeled"].masks.fill_(2)
+    return batches
+
+
+def one_contrast_step(batch, **options):
+    """The prototypes of all training so far, and what is logged of representations, after one step."""
+    module = segmenter(global_prototypes=True)
+    callback = EMATarget("student", "teacher", momentum=0.99, schedule="warmup", log_as=None)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[callback], **options)
+    trainer.fit(module, loader([batch]))
+    names = ("variance/", "precision/", "train/pseudo_", "train/trusted_share")
+    logged = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith(names)}
+    return dict(module.contrast.memory.state_dict()), logged
+
+
 def on_a_rank(rank):
     (metrics,) = quiet_trainer(**TWO_RANKS).validate(segmenter(), evaluation(rank, 2), verbose=False)
     steps = train(segmenter(**MEAN_TEACHER), mean_teacher_batches()[rank::2], **TWO_RANKS)
     # Labels come from the masks alone: no unlabelled pixel is trusted.
     lonely = segmenter(global_prototypes=True, weak_threshold=1.0)
-    return metrics, steps, train(lonely, one_class_on_rank_one(rank), **TWO_RANKS)
+    contrast = one_contrast_step(contrast_batches()[rank], **TWO_RANKS)
+    return metrics, steps, contrast, train(lonely, one_class_on_rank_one(rank), **TWO_RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +111,21 @@ def test_two_ranks_equal_one_process_with_two_accumulated_batches(ranks):
     moved = {name: (value - start[name]).abs().max().item() for name, value in expected.items()}
     assert max(value for name, value in moved.items() if name.startswith("student.")) > 1e-3
     assert max(value for name, value in moved.items() if name.startswith("teacher.")) > 1e-3
-    for _, steps, _ in ranks:
+    for _, steps, *_ in ranks:
         for name, value in expected.items():
             assert torch.allclose(value, steps[name], atol=1e-5), name
+
+
+def test_prototypes_and_metrics_of_two_ranks_are_those_of_one_process_with_all_images(ranks):
+    first, second = contrast_batches()
+    joined = {name: join([first[name], second[name]]) for name in first}
+    memory, logged = one_contrast_step(joined)
+    assert {name.partition("/")[0] for name in logged} == {"variance", "precision", "train"}
+    for _, _, (found, values), _ in ranks:
+        for name, expected in memory.items():
+            assert (expected != 1).all(1).any(), "some class was fused"
+            torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-5)
+        assert values == pytest.approx(logged, rel=1e-5)
 
 
 def test_ranks_agree_where_one_sees_a_single_class(ranks):
