@@ -24,6 +24,7 @@ from modules.ankge.retriever import Neighbours, RetrievalSettings, retrieve
 from modules.knowledge_graph import EmbeddingTables, LinkPredictor, ScoringFunction, build_scoring
 
 LR_DECAY = 0.1
+PUBLISHED_WEIGHTS = (0.01, 0.2, 0.02)  # of TransE on FB15k-237
 CONTROLS = ("base", "identity", "unlinked")
 TRIED = {"method": "level_weights", "identity": "identity_weights"}  # whose weights are chosen, and where they are kept
 CHOICES = {
@@ -69,9 +70,10 @@ class AnalogicalEmbedding(LinkPredictor):
         share_of_base: whether the triple itself takes part in the shares.
         share_mode: shares of each ``triple``, or their mean over a batch times the mean loss (``batch_mean``).
         levels: those that are trained and added to the score.
-        level_weights: lambda of each level in the score: entity, relation, triple.
+        level_weights: lambda of each level in the score: entity, relation, triple; None for those of a grid, or else
+            those published for TransE on FB15k-237 (.01, .2, .02).
         level_grid: values for each level of which the best on validation are chosen, for the method and for
-            ``identity`` apart; None keeps ``level_weights``.
+            ``identity`` apart, instead of ``level_weights``; None for none.
         adaptive_weights: multiply by counts of the training graph: w_E(r, t), w_R(h, t) and w_T(t).
         score_offset: ``none`` for g = -d, ``margin`` for g = margin - d.
         regularization: of the cubes of all parameters.
@@ -105,7 +107,7 @@ class AnalogicalEmbedding(LinkPredictor):
         share_of_base: bool = True,
         share_mode: Literal["triple", "batch_mean"] = "triple",
         levels: list[Level] = LEVELS,
-        level_weights: list[float] = (0.01, 0.2, 0.02),
+        level_weights: list[float] | None = None,
         level_grid: list[list[float]] | None = None,
         adaptive_weights: bool = True,
         score_offset: Literal["none", "margin"] = "none",
@@ -130,9 +132,8 @@ class AnalogicalEmbedding(LinkPredictor):
         self.neighbours: Neighbours | None = None
         used = torch.tensor([float(level in levels) for level in LEVELS])
         self.register_buffer("used_levels", used, persistent=False)
-        tried = torch.tensor(
-            list(product(*(level_grid or [[weight] for weight in level_weights]))), dtype=torch.float32
-        )
+        fixed = PUBLISHED_WEIGHTS if level_weights is None else level_weights
+        tried = torch.tensor(list(product(*(level_grid or [[weight] for weight in fixed]))), dtype=torch.float32)
         self.register_buffer("grid", torch.unique(tried * used, dim=0), persistent=False)
         self.register_buffer("level_weights", self.grid[0].clone())
         self.register_buffer("identity_weights", self.grid[0].clone())
@@ -146,6 +147,11 @@ class AnalogicalEmbedding(LinkPredictor):
                 raise ValueError(
                     f"{name} has {len(options[name])} entries, expected {len(LEVELS)}: {', '.join(LEVELS)}"
                 )
+        if options.level_grid and options.level_weights is not None:
+            raise ValueError(
+                f"level_weights is {list(options.level_weights)}, but with level_grid the weights are chosen on "
+                "validation; set --model.level_grid null to keep them, or --model.level_weights null to choose"
+            )
         if options.level_grid and not all(options.level_grid):
             raise ValueError(f"level_grid is {options.level_grid}, expected at least one value for each level")
         unknown = [level for level in options.levels if level not in LEVELS]
@@ -172,9 +178,21 @@ class AnalogicalEmbedding(LinkPredictor):
             rank_zero_warn("AnKGE: base is not set, so the embeddings are as this model was given them")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint keeps the weights that were chosen; where none are to be chosen, those that are given count."""
+        """A checkpoint keeps the weights that were chosen; where none are to be chosen, those that are given count.
+
+        Levels that are left out now have none.
+        """
+        state, given = checkpoint["state_dict"], {kept: getattr(self, kept) for kept in TRIED.values()}
         if not self.hparams.level_grid:
-            checkpoint["state_dict"] |= {kept: getattr(self, kept) for kept in TRIED.values()}
+            state |= given
+            return
+        state |= {kept: state[kept] * self.used_levels.to(state[kept]) for kept in given.keys() & state.keys()}
+        before, now = checkpoint.get("hyper_parameters", {}).get("score_offset"), self.hparams.score_offset
+        if before not in (None, now):
+            rank_zero_warn(
+                f"AnKGE: the weights of the levels were chosen for score_offset {before}, not for {now}; choose them "
+                "anew on validation by fit, or give --model.level_grid null and --model.level_weights"
+            )
 
     def load_base(self, path: str | Path) -> None:
         """Take the embeddings of a checkpoint, after a check that it is of this graph and of these sizes."""

@@ -141,6 +141,10 @@ ANALOGY_OPTIONS = {
         ["--model.level_grid", "null", "--model.level_weights", "[0.1, 0.2]"],
         "level_weights has 2 entries, expected 3: entity, relation, triple",
     ),
+    "weights beside a grid": (
+        ["--model.level_weights", "[0.1, 0.2, 0.3]"],
+        "level_weights is [0.1, 0.2, 0.3], but with level_grid the weights are chosen on validation; set --model.level",
+    ),
     "a grid for two levels": (
         ["--model.level_grid", "[[0.1], [0.2]]"],
         "level_grid has 2 entries, expected 3: entity, relation, triple",

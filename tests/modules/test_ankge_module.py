@@ -1,6 +1,7 @@
 """AnKGE as a LightningModule: losses, scores, controls, the choice of weights, and what it takes of its base."""
 
 import math
+import warnings
 from itertools import product
 
 import pytest
@@ -441,6 +442,30 @@ def test_weights_that_are_given_count_more_than_those_of_a_checkpoint(folder, ba
         assert other.level_weights.tolist() == pytest.approx([0.0, 0.0, 0.1])
 
 
+def test_chosen_weights_of_a_checkpoint_are_of_the_levels_that_are_used_now(folder, bases, tmp_path):
+    path, chosen = tmp_path / "last.ckpt", torch.tensor([0.5, 0.2, 0.4])
+    trainer = trainer_of(limit_train_batches=1, limit_val_batches=0)
+    module = ankge(bases["TransE"], level_grid=GRID, score_offset="margin")
+    trainer.fit(module, datamodule=analogies(folder))
+    module.level_weights.copy_(chosen), module.identity_weights.copy_(chosen)
+    trainer.save_checkpoint(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = AnalogicalEmbedding.load_from_checkpoint(path, levels=["entity", "triple"])
+    assert other.level_weights.tolist() == other.identity_weights.tolist() == pytest.approx([0.5, 0.0, 0.4])
+    (scores,) = quiet_trainer().test(other, datamodule=analogies(folder), ckpt_path=path, verbose=False)
+    for prefix, identity in (("test", False), ("test/identity", True)):
+        ranks = ranks_by_loops(other, "test", identity, [0.5, 0.0, 0.4])
+        assert scores[f"{prefix}/mrr"] == pytest.approx(means(ranks)["mrr"], rel=1e-6)
+    other = ankge(bases["TransE"], level_grid=GRID)
+    with pytest.warns(UserWarning, match="chosen for score_offset margin, not for none; choose them anew"):
+        quiet_trainer().test(other, datamodule=analogies(folder), ckpt_path=path, verbose=False)
+
+
+def test_weights_without_a_grid_are_the_published_ones(bases):
+    assert ankge(bases["TransE"]).level_weights.tolist() == pytest.approx([0.01, 0.2, 0.02])
+
+
 def test_a_look_at_validation_before_training_tries_the_weights_too(folder, bases):
     module = ankge(bases["TransE"], level_grid=GRID)
     trainer = trainer_of(num_sanity_val_steps=2)
@@ -607,6 +632,10 @@ def test_tables_for_export(bases):
     ("options", "message"),
     [
         ({"level_weights": [0.1, 0.2]}, "level_weights has 2 entries, expected 3: entity, relation, triple"),
+        (
+            {"level_grid": [[0.1]] * 3, "level_weights": [0.1] * 3},
+            r"level_weights is \[0.1, 0.1, 0.1\], but with level_grid the weights are chosen on validation; set --mod",
+        ),
         ({"level_grid": [[0.1]] * 4}, "level_grid has 4 entries, expected 3"),
         ({"level_grid": [[0.1], [], [0.2]]}, "level_grid is .*, expected at least one value for each level"),
         ({"levels": []}, r"levels is \[\], expected some of entity, relation, triple"),
