@@ -1,5 +1,6 @@
 """Label tables in CSV files, with errors that name the row."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ def read_table(path: Path, required: Sequence[str]) -> "DataFrame":
 
     Raises:
         FileNotFoundError: If it does not exist.
-        ValueError: If it is no table, is empty, or lacks a column.
+        ValueError: If it is no table, is empty, lacks a column, or has a line with more fields than columns.
     """
     import pandas as pd
 
@@ -28,16 +29,36 @@ def read_table(path: Path, required: Sequence[str]) -> "DataFrame":
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        _check_widths(path)
         raise ValueError(f"{path}: is no CSV table ({error})") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much in the first line as names of rows
+        _check_widths(path)
     missing = [column for column in required if column not in table.columns]
     if missing:
+        other = len(table.columns) == 1 and any(separator in table.columns[0] for separator in ";\t")
         raise ValueError(
             f"{path}: column(s) {', '.join(missing)} missing; found {', '.join(table.columns)}, "
-            f"expected {', '.join(required)}"
+            f"expected {', '.join(required)}{'; separate columns by commas' if other else ''}"
         )
     if table.empty:
         raise ValueError(f"{path}: has a header but no row")
     return table
+
+
+def _check_widths(path: Path) -> None:
+    """Refuse the first line with more fields than the header, and leave other faults to who reads the file."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        lines = csv.reader(file, skipinitialspace=True)
+        try:
+            header = next(filter(None, lines), [])
+            long = next((fields for fields in lines if len(fields) > len(header)), None)
+        except csv.Error:
+            return
+        if long is not None:
+            raise ValueError(
+                f"{path}, line {lines.line_num}: {len(long)} fields, more than the {len(header)} of the header; put "
+                f"names with commas in double quotes: '{','.join(long)}'"
+            )
 
 
 def class_index(column: "Series", classes: int, path: Path, allow_empty: bool = False) -> np.ndarray:
