@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.atomic_files import atomic_bytes
 
+KINDS = ("_colour", "_uncertainty", "_uncertainty_colour")  # what is written beside the mask itself
+
 
 class MaskWriter(Callback):
     """Writes predicted masks as pictures, as soon as a batch is predicted; each process writes those of its own images.
@@ -32,7 +34,8 @@ class MaskWriter(Callback):
         colour: write the pictures to look at as well.
 
     Raises:
-        ValueError: in prediction, for outputs that are no masks, and with ``colour`` if there is no palette.
+        ValueError: in prediction, for outputs that are no masks, with ``colour`` if there is no palette, and if a file
+            would be that of two pictures.
 
     Example::
 
@@ -52,6 +55,7 @@ class MaskWriter(Callback):
         """Look up the names."""
         sample_ids = getattr(getattr(trainer, "datamodule", None), "sample_ids", None)
         self._ids = sample_ids(None) if sample_ids else None
+        self._check_names()
 
     def on_predict_batch_end(
         self,
@@ -81,6 +85,17 @@ class MaskWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the files are."""
         rank_zero_info(f"Wrote masks to {self.folder(trainer)}")
+
+    def _check_names(self) -> None:
+        """Refuse two ids of which one's files would overwrite the other's."""
+        known = set(self._ids or ())
+        for name in known:
+            for kind in KINDS:
+                if name + kind in known:
+                    raise ValueError(
+                        f"MaskWriter: the file {name}{kind}.png would be that of '{name}' and that of '{name}{kind}'; "
+                        "rename one of the two pictures"
+                    )
 
     def _path(self, trainer: Trainer, row: int) -> Path:
         name = self._ids[row] if self._ids is not None else str(row)

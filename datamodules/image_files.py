@@ -92,7 +92,7 @@ def read_image(path: str | Path, channels: int, shorter_side: int | None, crop_b
         with Image.open(path) as opened:
             if not crop_border and shorter_side is not None:
                 opened.draft(mode, _scaled(opened.size, shorter_side))
-            image = _to_mode(opened, mode)
+            image = to_mode(opened, mode)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -166,7 +166,8 @@ def _scaled(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
     return max(shorter_side, round(width * scale)), max(shorter_side, round(height * scale))
 
 
-def _to_mode(image: "Image", mode: str) -> "Image":
+def to_mode(image: "Image", mode: str) -> "Image":
+    """Convert an opened picture; one of more than 8 bits is stretched from its own minimum and maximum to 0..255."""
     from PIL import Image
 
     if image.mode == "F" or image.mode.startswith("I"):

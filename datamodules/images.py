@@ -17,6 +17,7 @@ from datamodules.image_dataset import (
     MemoryStore,
 )
 from datamodules.partition import check_leaks, divide, labelled_only
+from datamodules.readers.described import DescribedImages, describe_images
 from datamodules.readers.samples import Reader, Samples
 from datamodules.repeatable_loaders import (
     RepeatableLoaders,
@@ -81,6 +82,8 @@ class ImageDataModule(RepeatableLoaders):
         main_metric: Metric that the model is selected by; None for the data set's own.
         mean: Per channel, of values in [0, 1]; None for the data set's own.
         std: Per channel, of values in [0, 1]; None for the data set's own.
+        description: What a checkpoint keeps of the data set it was trained with, see the property; with it and
+            ``predict_path`` the data set itself is not needed. ``predict`` of a checkpoint gives it.
 
     Raises:
         ValueError: If a value is out of range; names field, value and range.
@@ -118,11 +121,12 @@ class ImageDataModule(RepeatableLoaders):
         main_metric: Literal["acc", "balanced_acc", "kappa"] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
         _check_values(self.hparams)
-        self.reader = self.make_reader()
+        self.reader = DescribedImages(description) if self._described else self.make_reader()
         self._parts: dict[str, Samples] | None = None
         self._stores: dict[str, ImageStore] = {}
         self._said: set[str] = set()
@@ -167,6 +171,11 @@ class ImageDataModule(RepeatableLoaders):
     def std(self) -> list[float]:
         """Per channel, of values in [0, 1]."""
         return self._per_channel(self.hparams.std, self.reader.facts.std)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What predictions for other images need to know of the data set, as plain values."""
+        return describe_images(self.reader)
 
     def prepare_data(self) -> None:
         """Download what is missing."""

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from datamodules.image_files import is_image
-from datamodules.readers.samples import checked_folder
+from datamodules.readers.samples import checked_folder, text_lines
 from datamodules.readers.segmentation_samples import SegmentationSamples, missing_masks
 
 LIST_FILES = {
@@ -146,7 +146,7 @@ def _identities(samples: SegmentationSamples) -> list[str]:
 
 def _read_list(file: Path) -> list[str]:
     """First word of each line."""
-    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in text_lines(file)]
     if not names:
         raise ValueError(f"{file}: the list is empty; add names, one a line")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:

@@ -16,6 +16,7 @@ from datamodules.box_augmentations import LARGEST_CANVAS, BoxPipeline, Resize
 from datamodules.readers.boxes import BoxReader, BoxSamples
 from datamodules.readers.camvid_boxes import SMALLEST, CamVidBoxReader
 from datamodules.readers.coco import CocoReader
+from datamodules.readers.described import DescribedBoxes, describe_boxes
 from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.readers.segmentation_samples import read_picture
 from datamodules.repeatable_loaders import (
@@ -60,6 +61,8 @@ class ObjectDetection(RepeatableLoaders):
         main_metric: metric that the model is selected by.
         mean: per channel, of values in [0, 1]; None for that of ImageNet. Also the colour around zoomed-out images.
         std: per channel, of values in [0, 1]; None for that of ImageNet.
+        description: what a checkpoint keeps of the data set it was trained with, see the property; with it and
+            ``predict_path`` the data set itself is not needed. ``predict`` of a checkpoint gives it.
 
     Raises:
         ValueError: if a value is out of range; names field, value and range.
@@ -87,13 +90,20 @@ class ObjectDetection(RepeatableLoaders):
         main_metric: Literal["map", "map_50", "map_75"] = "map",
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
         _check_values(self.hparams)
-        coco = layout == "coco"
-        self.reader: BoxReader = CocoReader(root, class_names) if coco else CamVidBoxReader(root, min_pixels)
+        self.reader: BoxReader = DescribedBoxes(description) if self._described else self.make_reader()
         self._parts: dict[str, BoxSamples] = {}
+
+    def make_reader(self) -> BoxReader:
+        """Return the reader of the chosen layout."""
+        options = self.hparams
+        if options.layout == "coco":
+            return CocoReader(options.root, options.class_names)
+        return CamVidBoxReader(options.root, options.min_pixels)
 
     @property
     def class_names(self) -> list[str]:
@@ -129,6 +139,11 @@ class ObjectDetection(RepeatableLoaders):
     def std(self) -> list[float]:
         """Per channel, of values in [0, 1]."""
         return list(self.hparams.std or IMAGENET_STD)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What predictions for other images need to know of the data set, as plain values."""
+        return describe_boxes(self.reader)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the boxes of the parts that a stage needs, and check them.

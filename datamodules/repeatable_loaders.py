@@ -18,8 +18,8 @@ from datamodules.sampling import EvaluationBatchSampler, TrainBatchSampler
 class RepeatableLoaders(LightningDataModule):
     """A datamodule whose training order is a function of (seed, epoch, pass), and whose evaluation sees each row once.
 
-    Subclasses save the hyper-parameters ``batch_size``, ``eval_batch_size``, ``num_workers``, ``seed`` and
-    ``drop_last``.
+    Subclasses save the hyper-parameters ``batch_size``, ``eval_batch_size``, ``num_workers``, ``seed``,
+    ``drop_last``, ``predict_path`` and ``description``.
     """
 
     @property
@@ -28,6 +28,11 @@ class RepeatableLoaders(LightningDataModule):
         if self.hparams.seed is not None:
             return self.hparams.seed
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    @property
+    def _described(self) -> bool:
+        """Whether a description stands for the data set, because other images are predicted."""
+        return self.hparams.description is not None and self.hparams.predict_path is not None
 
     @property
     def _ranks(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from datamodules.augmentations import SeededPipeline
 from datamodules.readers.ade20k import Ade20kReader
 from datamodules.readers.camvid import CamvidReader
 from datamodules.readers.cityscapes import CityscapesReader
+from datamodules.readers.described import DescribedPictures, describe_pictures
 from datamodules.readers.mask_folder import MaskFolderReader
 from datamodules.readers.mosaic import MosaicReader
 from datamodules.readers.segmentation_samples import SegmentationReader, SegmentationSamples, distinct_colours
@@ -70,6 +71,8 @@ class SemanticSegmentation(RepeatableLoaders):
         main_metric: Metric that the model is selected by.
         mean: Per channel, of values in [0, 1]; None for the data set's own.
         std: Per channel, of values in [0, 1]; None for the data set's own.
+        description: What a checkpoint keeps of the data set it was trained with, see the property; with it and
+            ``predict_path`` the data set itself is not needed. ``predict`` of a checkpoint gives it.
 
     Raises:
         ValueError: If a value is out of range; names field, value and range.
@@ -103,11 +106,12 @@ class SemanticSegmentation(RepeatableLoaders):
         main_metric: Literal["miou", "aacc", "macc"] = "miou",
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
         self._check_options()
-        self.reader = self.make_reader()
+        self.reader = DescribedPictures(self.hparams.description) if self._described else self.make_reader()
         self._parts: dict[str, SegmentationSamples] | None = None
         self._pictures: SegmentationSamples | None = None
 
@@ -185,6 +189,11 @@ class SemanticSegmentation(RepeatableLoaders):
     def std(self) -> list[float]:
         """Per channel, of values in [0, 1]."""
         return list(self.hparams.std or self.reader.facts.std)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What predictions for other pictures need to know of the data set, as plain values."""
+        return describe_pictures(self.reader)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the pictures and masks that the stage needs.

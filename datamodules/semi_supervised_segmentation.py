@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from datamodules.augmentations import SeededPipeline
 from datamodules.image_files import UnreadableImageError
 from datamodules.label_splits import LabelSplit, check_disjoint, draw_labelled
-from datamodules.readers.segmentation_samples import SegmentationSamples
+from datamodules.readers.segmentation_samples import VOID, SegmentationSamples
 from datamodules.repeatable_loaders import check_at_least
 from datamodules.sampling import StreamBatchSampler
 from datamodules.segmentation_dataset import SegmentationDataset, scaled_size
@@ -22,7 +22,7 @@ from datamodules.semantic_segmentation import Layout, SemanticSegmentation, chec
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-MADE, MADE_LABELLED = ("shapes", "mosaic"), 20
+MADE_LABELLED = {"shapes": 20, "mosaic": 10}
 SMALLEST_CROP = 33  # pixels; the features at a quarter of the size have at least two then, after further halvings
 LOOKED_AT = 16
 STREAMS = ("labeled", "unlabeled")
@@ -39,8 +39,8 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
     the lists are. The strong view is left to the module, which mixes it with the labels of its teacher.
 
     Parts are ``labeled`` (also called ``train``), ``unlabeled``, ``val`` and ``test``. Which pictures are labelled is
-    drawn (``labeled``) or read (``split_path``); ``shapes`` and ``mosaic`` have 20 labelled ones of 320 if neither
-    is given.
+    drawn (``labeled``) or read (``split_path``); ``shapes`` has 20 labelled ones of 320 and
+    ``mosaic`` 10 if neither is given.
 
     Args:
         layout: See :class:`datamodules.semantic_segmentation.SemanticSegmentation`.
@@ -74,6 +74,8 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         main_metric: Metric that the model is selected by.
         mean: Per channel, of values in [0, 1]; None for the data set's own.
         std: Per channel, of values in [0, 1]; None for the data set's own.
+        description: What a checkpoint keeps of the data set it was trained with, see the property; with it and
+            ``predict_path`` the data set itself is not needed. ``predict`` of a checkpoint gives it.
 
     Raises:
         ValueError: If a value is out of range; names field, value and range.
@@ -110,6 +112,7 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         main_metric: Literal["miou", "aacc", "macc"] = "miou",
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()  # saves the options of this class as well
 
@@ -126,7 +129,10 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
                 f"image_size is {size}, expected a side of {SMALLEST_CROP} pixels or more, or [height, width] of such"
             )
         if options.labeled is not None and options.split_path is not None:
-            raise ValueError("labeled draws a split and split_path reads one; set either of them, not both")
+            raise ValueError(
+                f"labeled ({options.labeled}) draws a split and split_path reads one; set either of them, not both "
+                "(--data.labeled null takes away what a configuration sets)"
+            )
         if options.unlabeled_path is not None and not options.use_unlabeled:
             raise ValueError("unlabeled_path is set, but use_unlabeled is false; set one of them")
 
@@ -204,8 +210,8 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         train = found["train"]
         count = options.labeled
         if count is None:
-            if options.layout in MADE and options.use_unlabeled:
-                count = MADE_LABELLED
+            if options.layout in MADE_LABELLED:
+                count = MADE_LABELLED[options.layout]
             elif options.unlabeled_path is not None or not options.use_unlabeled:
                 count = len(train)
             else:
@@ -248,6 +254,7 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
                 f"{len(other)} of {len(seen)} labelled pictures looked at are {', '.join(sorted(set(other)))}; such "
                 "pictures are converted to RGB"
             )
+        self._look_at_masks(samples)
         largest = self.hparams.labeled_scale[1]
         sizes = [scaled_size(size, self.hparams.train_shorter_side, largest) for size, _ in seen]
         for axis, name in enumerate(("height", "width")):
@@ -258,6 +265,19 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
                     f"pixels at the largest labeled_scale {largest}, so each crop would be padded; set "
                     f"--data.image_size to [{', '.join(str(max(size[i] for size in sizes)) for i in (0, 1))}] or less"
                 )
+
+    def _look_at_masks(self, samples: SegmentationSamples) -> None:
+        """Tell of masks in which there is nothing to tell apart, as where an object is stored as 255, which is void."""
+        dataset = SegmentationDataset(samples, self.reader.facts)
+        rows = _spread(len(samples))
+        found = sorted(set().union(*(np.unique(dataset.read(row)[1]).tolist() for row in rows)))
+        classes = [self.class_names[label] for label in found if label != VOID]
+        if len(classes) < 2:
+            void = " and void" if VOID in found else ""
+            rank_zero_warn(
+                f"the {len(rows)} labelled masks looked at show {', '.join(classes) or 'no class'}{void} alone; the "
+                "value 255 stands for void, so an object that is stored as 255 has to be given the index of its class"
+            )
 
     # Loaders
 
@@ -278,9 +298,15 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         processes = self._ranks["world_size"]
         if batch_size * processes > len(dataset):
             option = "batch_size" if name == "labeled" else "unlabeled_batch_size"
+            fewest = 2 * processes  # pictures are mixed with others, and a BatchNorm needs two as well
             raise ValueError(
                 f"the {len(dataset)} {TITLES[name]} pictures are fewer than one step takes ({batch_size} on each of "
-                f"{processes} process(es)); set --data.{option} to at most {len(dataset) // processes}"
+                f"{processes} process(es)); "
+                + (
+                    f"set --data.{option} to at most {len(dataset) // processes}"
+                    if len(dataset) >= fewest
+                    else f"{fewest} is the least, so give more of them"
+                )
             )
         sampler = StreamBatchSampler(
             len(dataset),

@@ -276,12 +276,21 @@ class AppCLI(LightningCLI):
             raise UserError(f"{self.subcommand} needs trained weights: give --ckpt_path FILE, last or best")
         config = self.config[self.subcommand]
         self.run_folder = self._open_run_folder(config)
+        if self.subcommand == "predict":
+            self._describe_data(config.data)
         if self.app.before is not None:
             try:
                 self.app.before(self)
             except BaseException:
                 self.run_folder.discard_if_empty()
                 raise
+
+    def _describe_data(self, data: Any) -> None:
+        """Let the checkpoint speak for its data, which may not be here, where other data is predicted."""
+        before = (self.checkpoint.config.get("data") or {}).get("class_path")
+        options, description = data.get("init_args"), self.checkpoint.data_description
+        if options and description and data.class_path == before and options.get("predict_path") is not None:
+            options.description = description
 
     def _open_run_folder(self, config: Any) -> RunFolder:
         if self.inner_folder is not None:
@@ -407,7 +416,8 @@ class AppCLI(LightningCLI):
             checkpoint.dirpath = str(self.run_folder.checkpoints)
         if self.subcommand == "predict" and not slots.keys() & {"predictions", *self.app.writers}:
             slots |= self._default_writer()
-        recorder = RunRecorder(self.run_folder, self.app.name, self.plain_config(), self.facts)
+        described = getattr(self.datamodule, "description", None)
+        recorder = RunRecorder(self.run_folder, self.app.name, self.plain_config(), self.facts, described)
         seed = self.config[self.subcommand].get("seed_everything")
         seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else int(os.environ["PL_GLOBAL_SEED"])
         return [

@@ -230,13 +230,22 @@ class RunRecorder(Callback):
         config: The configuration in use, as plain values.
         facts: What the data said of itself (class names, image size, normalisation), kept in checkpoints so that
             `export` needs no data.
+        data_description: What predictions for other data need to know of it, kept likewise for `predict`.
     """
 
-    def __init__(self, folder: RunFolder, app: str, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        app: str,
+        config: dict[str, Any],
+        facts: dict[str, Any],
+        data_description: dict[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.app = app
         self.config = config
         self.facts = facts
+        self.data_description = data_description or {}
 
     @rank_zero_only
     def _write(self) -> None:
@@ -268,7 +277,12 @@ class RunRecorder(Callback):
 
         Facts of the data that the module does not take are no hyper-parameters, so that `load_from_checkpoint` works.
         """
-        checkpoint[CHECKPOINT_KEY] = {"app": self.app, "config": self.config, "facts": self.facts}
+        checkpoint[CHECKPOINT_KEY] = {
+            "app": self.app,
+            "config": self.config,
+            "facts": self.facts,
+            "data_description": self.data_description,
+        }
         known = init_arguments(f"{type(pl_module).__module__}.{type(pl_module).__qualname__}")
         settings = checkpoint.get("hyper_parameters", {})
         for name in (self.facts.keys() & settings.keys()) - set(known) if known else ():

@@ -64,6 +64,11 @@ class Aptos2019Reader:
         return {"all": Samples(ids=ids, labels=labels, paths=np.array([str(path) for path in paths]))}
 
     def predictions(self, ids: Sequence[str], probabilities: np.ndarray) -> "DataFrame":
+        """See :meth:`table`."""
+        return self.table(ids, self.facts.class_names, probabilities)
+
+    @staticmethod
+    def table(ids: Sequence[str], class_names: Sequence[str], probabilities: np.ndarray) -> "DataFrame":
         """Return ``id_code,diagnosis`` with the most probable grade, as the challenge takes it."""
         import pandas as pd
 

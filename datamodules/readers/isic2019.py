@@ -98,8 +98,13 @@ class Isic2019Reader:
         return np.array([lesion_of.get(name, "") for name in ids.tolist()], dtype=str)
 
     def predictions(self, ids: Sequence[str], probabilities: np.ndarray) -> "DataFrame":
+        """See :meth:`table`."""
+        return self.table(ids, self.facts.class_names, probabilities)
+
+    @staticmethod
+    def table(ids: Sequence[str], class_names: Sequence[str], probabilities: np.ndarray) -> "DataFrame":
         """Return ``image`` and the nine class columns of the challenge; UNK is 0 where it is not a class."""
-        table = class_columns(self.id_column, ids, self.facts.class_names, probabilities)
+        table = class_columns(Isic2019Reader.id_column, ids, class_names, probabilities)
         return table.reindex(columns=["image", *CLASSES], fill_value=0.0)
 
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from datamodules.image_files import list_images
 from datamodules.readers.folder import PART_FOLDERS
-from datamodules.readers.samples import existing_folder
+from datamodules.readers.samples import existing_folder, text_lines
 from datamodules.readers.segmentation_samples import (
     MAX_CLASSES,
     SegmentationFacts,
@@ -58,6 +60,7 @@ class MaskFolderReader:
             twice = next(name for name in ids if ids.count(name) > 1)
             raise ValueError(f"{self.images}: two pictures are called '{twice}'; they cannot share one mask")
         everything = SegmentationSamples(ids, images, paired_masks(images, self.images, self.masks))
+        self._check_masks_without_pictures(ids)
         tops = [name.split("/")[0] for name in ids]
         if all(top in PART_FOLDERS and top != name for top, name in zip(tops, ids, strict=True)):
             parts = [PART_FOLDERS[top] for top in tops]
@@ -68,9 +71,17 @@ class MaskFolderReader:
         lists = {PART_FOLDERS[path.stem]: path for path in self.root.glob("*.txt") if path.stem in PART_FOLDERS}
         return {part: self._listed(everything, path) for part, path in lists.items()} or {"all": everything}
 
+    def _check_masks_without_pictures(self, ids: list[str]) -> None:
+        masks = [mask.relative_to(self.masks).with_suffix("").as_posix() for mask in list_images(self.masks)]
+        if alone := sorted(set(masks) - set(ids)):
+            rank_zero_warn(
+                f"{self.masks}: {len(alone)} of {len(masks)} masks have no picture in {self.images} and are left out: "
+                f"{', '.join(alone[:3])}{', ...' if len(alone) > 3 else ''}"
+            )
+
     def _listed(self, everything: SegmentationSamples, path: Path) -> SegmentationSamples:
         rows = {name: row for row, name in enumerate(everything.ids)}
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = text_lines(path)
         unknown = [name for name in names if name not in rows]
         if unknown:
             raise FileNotFoundError(
@@ -84,7 +95,7 @@ class MaskFolderReader:
     def _names(self, classes: int | None) -> tuple[str, ...]:
         path = self.root / NAMES_FILE
         if path.is_file():
-            names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+            names = tuple(text_lines(path))
             if classes not in (None, len(names)):
                 raise ValueError(
                     f"{path}: names {len(names)} classes, but --data.classes is {classes}; set one of them"

@@ -149,3 +149,16 @@ def checked_folder(path: str, option: str, content: str) -> Path:
     if not folder.is_dir():
         raise NotADirectoryError(f"--data.{option} '{path}' is a file; set it to the folder of {content}")
     return folder
+
+
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file (with or without byte order mark) that are not blank, without outer blanks.
+
+    Raises:
+        ValueError: If it is no such text; names the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from datamodules.image_files import UnreadableImageError
+from datamodules.image_files import UnreadableImageError, to_mode
 from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD
 
 VOID = 255
@@ -174,7 +174,7 @@ def distinct_colours(count: int) -> list[tuple[int, int, int]]:
 
 
 def read_picture(picture: Path | np.ndarray) -> np.ndarray:
-    """Decode a picture to (H, W, 3) uint8.
+    """Decode a picture to (H, W, 3) uint8; one of more than 8 bits is stretched from its minimum and maximum.
 
     Raises:
         UnreadableImageError: If the file cannot be decoded.
@@ -199,7 +199,7 @@ def _decode(path: Path, mode: str | None) -> np.ndarray:
 
     try:
         with Image.open(path) as opened:
-            pixels = np.array(opened.convert(mode) if mode else opened)
+            pixels = np.array(to_mode(opened, mode) if mode else opened)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

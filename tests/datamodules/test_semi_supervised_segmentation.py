@@ -14,6 +14,7 @@ from datamodules import SegmentationBatch, SemanticSegmentation, SemiSupervisedS
 from datamodules.augmentations import SeededPipeline
 from datamodules.image_files import UnreadableImageError
 from datamodules.mask_transforms import ReflectPad, view_transforms
+from datamodules.readers.mask_folder import MaskFolderReader
 from tests.data_layouts import (
     halves,
     save_image,
@@ -536,6 +537,61 @@ def test_pictures_of_another_kind_are_converted_and_told(tmp_path, mode):
     assert np.array_equal(image, expected)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_stretched(tmp_path, mode):
+    write_camvid(tmp_path)
+    ramp = np.linspace(3000, 63000, 36 * 48).reshape(36, 48)
+    (tmp_path / f"train/{CAMVID[0]}.jpg").unlink()
+    picture = Image.fromarray(ramp.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    picture.save(tmp_path / f"train/{CAMVID[0]}.tif")
+    module = data("camvid", tmp_path, labeled=6, use_unlabeled=False, **SMALL)
+    module.setup("fit")
+    image, _ = module.train_dataset().read(module.sample_ids("labeled").index(CAMVID[0]))
+    expected = 255 * (ramp - ramp.min()) / (ramp.max() - ramp.min())
+    np.testing.assert_allclose(image, np.repeat(expected[..., None], 3, axis=2), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "shown"), [(0, 255, "kind 0 and void"), (255, 255, "no class and void"), (1, 1, "kind 1")]
+)
+def test_masks_in_which_there_is_nothing_to_tell_apart(tmp_path, left, right, shown):
+    names = [f"p{number}" for number in range(8)]
+    write_mask_folder(tmp_path, names, classes=2)
+    for name in names:
+        save_mask(tmp_path / f"masks/{name}.png", halves(left, right, (32, 24), void=left))
+    module = data("folder", tmp_path, labeled=4, image_size=33, labeled_scale=[2.0, 2.0])
+    with pytest.warns(UserWarning, match=rf"4 labelled masks looked at show {shown} alone; the value 255 stands for"):
+        module.setup("fit")
+
+
+def test_masks_without_a_picture_are_told(tmp_path):
+    names = [f"p{number}" for number in range(9)]
+    write_mask_folder(tmp_path, names)
+    for name in names[:4]:
+        (tmp_path / f"images/{name}.jpg").unlink()
+    with pytest.warns(UserWarning, match=r"masks: 4 of 9 masks have no picture .* left out: p0, p1, p2, \.\.\."):
+        assert len(MaskFolderReader(str(tmp_path)).read()["all"]) == 5
+
+
+def test_one_labelled_picture_is_too_few(tmp_path):
+    module = data("folder", write_mask_folder(tmp_path, [f"p{n}" for n in range(8)]), labeled=1, image_size=33)
+    with pytest.raises(ValueError, match=r"the 1 labelled pictures are fewer .*; 2 is the least, so"):
+        module.train_dataloader()
+
+
+def test_lists_as_an_editor_on_windows_saves_them(tmp_path):
+    write_camvid(tmp_path)
+    split = write_label_split(tmp_path / "lists", CAMVID[:2], CAMVID[2:])
+    for path in split.glob("*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    module = data("camvid", tmp_path, split_path=str(split), **SMALL)
+    assert module.sample_ids("labeled") == CAMVID[:2]
+    file = split / "labeled_filename.txt"
+    file.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=rf"{file}: is no UTF-8 text \(byte 3\); save it as UTF-8"):
+        data("camvid", tmp_path, split_path=str(split), **SMALL).sample_ids("labeled")
+
+
 @pytest.mark.parametrize("name", ["train/{}.jpg", "trainannot/{}.png"])
 def test_a_file_that_cannot_be_read(tmp_path, name):
     write_camvid(tmp_path)
@@ -577,7 +633,7 @@ WRONG = {
     "images_per_epoch is 0, expected 1 or more": {"images_per_epoch": 0},
     r"labeled_scale is \[1.5, 0.5\], expected two factors above 0": {"labeled_scale": [1.5, 0.5]},
     r"weak_scale is \[0.0, 1.0\], expected two factors above 0": {"weak_scale": [0.0, 1.0]},
-    "labeled draws a split and split_path reads one": {"labeled": 3, "split_path": "x"},
+    r"labeled \(3\) draws a split and split_path reads one": {"labeled": 3, "split_path": "x"},
     "unlabeled_path is set, but use_unlabeled is false": {"unlabeled_path": "x", "use_unlabeled": False},
     r"std is \[0.0, 1.0, 1.0\], expected values above 0": {"std": [0.0, 1.0, 1.0]},
 }
