@@ -14,7 +14,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from benchmarks.result_tables import append, head, last, line, read, run
+from benchmarks.result_tables import append, check_settings, head, last, line, read, run
 
 METHODS = {
     "supervised": ["--config", "prcl/supervised.yaml"],
@@ -24,7 +24,7 @@ METHODS = {
     "journal": ["--config", "prcl/journal.yaml"],
 }
 PAIRS = (("mean_teacher", "supervised"), ("prcl", "mean_teacher"), ("prcl", "supervised"))
-COLUMNS = ["labels", "seed", "method", "miou", "miou_student", "cpu_seconds"]
+COLUMNS = ["labels", "seed", "method", "miou", "miou_student", "cpu_seconds", "settings"]
 
 
 def train(options: argparse.Namespace, labels: int, seed: int, method: str) -> dict[str, str]:
@@ -41,7 +41,7 @@ def train(options: argparse.Namespace, labels: int, seed: int, method: str) -> d
     seconds = run(command, options.out / f"{name}.log")
     student = last(folder / "metrics.csv", "val/miou_student")
     teacher = student if method == "supervised" else last(folder / "metrics.csv", "val/miou_teacher")
-    values = (labels, seed, method, teacher, student, seconds)
+    values = (labels, seed, method, teacher, student, seconds, " ".join(options.extra))
     return {key: str(value) for key, value in zip(COLUMNS, values, strict=True)}
 
 
@@ -77,6 +77,7 @@ def main() -> None:
     options.root, options.out = str(Path(options.root).absolute()), options.out.absolute()
     options.out.mkdir(parents=True, exist_ok=True)
     table = options.out / "results.csv"
+    check_settings(read(table), table, " ".join(options.extra))
     for labels, seed, method in product(options.labels, options.seeds, options.methods):
         done = {(int(r["labels"]), int(r["seed"]), r["method"]) for r in read(table)}
         if (labels, seed, method) in done:

@@ -30,12 +30,34 @@ def last(path: Path, name: str) -> float:
 
 
 def run(command: Sequence[str], log: Path) -> int:
-    """Run a command to its end, with what it says added to a file; returns its seconds of processor time."""
+    """Run a command to its end, with what it says added to a file.
+
+    Returns:
+        Its seconds of processor time, with those of earlier starts that ended before it did, which a file beside the
+        log remembers.
+    """
+    spent = log.with_suffix(".seconds")
+    earlier = float(spent.read_text()) if spent.exists() else 0.0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with log.open("a") as file:
-        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    try:
+        with log.open("a") as file:
+            subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
+    finally:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        total = earlier + after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        spent.write_text(str(total))
+    return round(total)
+
+
+def check_settings(rows: Sequence[Mapping[str, str]], path: Path, settings: str) -> None:
+    """Refuse to go on with a table that was filled with other settings.
+
+    Raises:
+        SystemExit: Names both.
+    """
+    others = {row["settings"] for row in rows} - {settings}
+    if others:
+        raise SystemExit(f"{path} was filled with the settings '{others.pop()}', not '{settings}'; give another --out")
 
 
 def line(name: str, values: Mapping[int, float], seeds: Sequence[int]) -> str:
