@@ -93,21 +93,25 @@ class SegmentationDataset(Dataset[SegmentationSample]):
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return picture (H, W, 3) uint8 and mask (H, W) uint8 class indices, both as on disk.
 
-        A picture without labels has a mask of void.
+        A picture without labels has a mask of void, and is turned as a viewer would turn it.
 
         Raises:
             UnreadableImageError: If a file cannot be decoded.
             ValueError: If the mask has another size than the picture, or a value that stands for nothing.
         """
-        image = read_picture(self.samples.images[row])
         mask = None if self.samples.masks is None else self.samples.masks[row]
+        image = read_picture(self.samples.images[row], upright=mask is None)
         if mask is None:
             return image, np.full(image.shape[:2], VOID, dtype=np.uint8)
         values = read_mask_values(mask)
         source = f"mask of {self.samples.ids[row]}" if isinstance(mask, np.ndarray) else str(mask)
         if values.shape != image.shape[:2]:
             have, want = (f"{width}x{height}" for height, width in (values.shape, image.shape[:2]))
-            raise ValueError(f"{source}: the mask is {have} pixels, but its picture {want}; they must be of one size")
+            turned = values.shape == image.shape[1::-1]
+            raise ValueError(
+                f"{source}: the mask is {have} pixels, but its picture {want}; they must be of one size"
+                + (", and a mask fits the pixels as stored, not as a viewer turns them (EXIF)" if turned else "")
+            )
         return image, self.facts.class_indices(values, source)
 
     def _resize(self, image: np.ndarray) -> np.ndarray:

@@ -190,6 +190,7 @@ class AppCLI(LightningCLI):
         contents = {file.path: read_config(file.path, self.app.name) for file in self.config_files}
         rest = self._resolve_checkpoint_argument(subcommand, rest, contents)
         rest = name_loggers(rest)
+        self._refuse_facts(rest)
         files = list(self.config_files)
         if not (self.checkpoint and self.checkpoint.config) and not any(map(_names_model, contents.values())):
             files.insert(0, self.shipped_default)
@@ -212,6 +213,13 @@ class AppCLI(LightningCLI):
             if below and isinstance(content.get(part), dict):
                 content[part] = {"class_path": below, **content[part]}
         return json.dumps(content) if content else str(file.path)
+
+    def _refuse_facts(self, arguments: list[str]) -> None:
+        """Say so where an argument of the model is given that the data decides."""
+        for fact in self.app.facts:
+            for option in (f"--model.{fact}", f"--model.init_args.{fact}"):
+                if split_arguments(arguments, option)[0]:
+                    raise UserError(f"{option}: follows from the data and cannot be set; see the settings of --data")
 
     def _resolve_checkpoint_argument(
         self, subcommand: str, arguments: list[str], contents: dict[Path, dict[str, Any]]

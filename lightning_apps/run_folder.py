@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -101,13 +102,29 @@ def resolve_checkpoint(given: str, root: Path, app: str, name: str | None) -> Pa
         if path.is_dir():
             path = path / "checkpoints" / "last.ckpt"
         if not path.is_file():
-            raise UserError(f"--ckpt_path {given}: no such file: {path.resolve()}")
+            inner = _inner_run(Path(given).glob("*/checkpoints/last.ckpt"))
+            raise UserError(f"--ckpt_path {given}: no such file: {path.resolve()}{inner}")
         return path
     pattern = f"{name or '*'}/checkpoints/{given}.ckpt"
     found = sorted((root / app).glob(pattern), key=lambda file: file.stat().st_mtime)
     if not found:
-        raise UserError(f"--ckpt_path {given}: no checkpoint {root / app / pattern}; give the path of a .ckpt file")
+        inner = _inner_run((root / app).glob(f"{name or '*'}/*/checkpoints/last.ckpt"))
+        raise UserError(
+            f"--ckpt_path {given}: no checkpoint {root / app / pattern}; give the path of a .ckpt file{inner}"
+        )
     return found[-1]
+
+
+def _inner_run(checkpoints: Iterable[Path]) -> str:
+    """What to do where a run was stopped in another one that it began with, such as that of its base model."""
+    newest = sorted(checkpoints, key=lambda file: file.stat().st_mtime)
+    if not newest:
+        return ""
+    folder = newest[-1].parent.parent
+    return (
+        f". The run was stopped in the one it began with: finish that with `fit --ckpt_path {folder}`, then start the "
+        f"run again with `--model.{folder.name} {folder}`"
+    )
 
 
 def open_run_folder(

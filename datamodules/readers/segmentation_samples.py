@@ -173,15 +173,19 @@ def distinct_colours(count: int) -> list[tuple[int, int, int]]:
     return colours
 
 
-def read_picture(picture: Path | np.ndarray) -> np.ndarray:
+def read_picture(picture: Path | np.ndarray, upright: bool = False) -> np.ndarray:
     """Decode a picture to (H, W, 3) uint8; one of more than 8 bits is stretched from its minimum and maximum.
+
+    Args:
+        picture: A file, or pixels.
+        upright: Turn it as its file says (EXIF), as viewers do. Masks of data sets fit the pixels as they are stored.
 
     Raises:
         UnreadableImageError: If the file cannot be decoded.
     """
     if isinstance(picture, np.ndarray):
         return picture
-    return _decode(picture, "RGB")
+    return _decode(picture, "RGB", upright)
 
 
 def read_mask_values(mask: Path | np.ndarray) -> np.ndarray:
@@ -194,11 +198,13 @@ def read_mask_values(mask: Path | np.ndarray) -> np.ndarray:
     return mask if isinstance(mask, np.ndarray) else _decode(mask, None)
 
 
-def _decode(path: Path, mode: str | None) -> np.ndarray:
-    from PIL import Image
+def _decode(path: Path, mode: str | None, upright: bool = False) -> np.ndarray:
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
+            if upright:
+                ImageOps.exif_transpose(opened, in_place=True)
             pixels = np.array(to_mode(opened, mode) if mode else opened)
     except FileNotFoundError:
         raise

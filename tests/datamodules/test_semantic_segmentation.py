@@ -662,3 +662,27 @@ def test_camvid_on_disk(shared_data):
     expected = [1601620, 4531180, 98499, 5053176, 1521751, 2851125, 155724, 537197, 304716, 113531, 387010]
     assert counts[:11].tolist() == expected
     assert counts[255] == 297271
+
+
+def test_a_picture_without_mask_is_turned_as_viewers_do(tmp_path):
+    stored = np.random.RandomState(0).randint(0, 256, (24, 32, 3), dtype=np.uint8)
+    (tmp_path / "new").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    Image.fromarray(stored).save(tmp_path / "new/a.png", exif=exif)
+    module = SemanticSegmentation(predict_path=str(tmp_path / "new"), num_workers=0, mean=[0.0] * 3, std=[1.0] * 3)
+    module.setup("predict")
+    image = next(iter(module.predict_dataloader())).images[0]
+    assert np.array_equal((255 * image).round().byte().permute(1, 2, 0).numpy(), np.rot90(stored, -1))
+
+    root = write_mask_folder(tmp_path / "own", [f"p{number}" for number in range(6)])
+    for path in (root / "images").iterdir():
+        Image.open(path).save(path, exif=exif)
+    for path in (root / "masks").iterdir():
+        save_mask(path, np.asarray(Image.open(path)).T)
+    module = SemanticSegmentation("folder", root=str(root), image_size=8, num_workers=0)
+    module.setup("fit")
+    with pytest.raises(
+        ValueError, match=r"the mask is 24x32 pixels, but its picture 32x24; .* not as a viewer turns them"
+    ):
+        next(iter(module.train_dataloader()))

@@ -61,6 +61,12 @@ def complains(work, monkeypatch, capsys) -> Callable[..., str]:
     return complainer(APP, work / "runs", capsys)
 
 
+@pytest.mark.parametrize("option", ["--model.num_classes", "--model.init_args.num_classes"])
+def test_an_argument_of_the_model_that_the_data_decides(complains, option):
+    message = complains("fit", *FINETUNE, *QUICK, option, "3")
+    assert message.startswith(f"{option}: follows from the data and cannot be set; see the settings of --data")
+
+
 def test_a_configuration_that_does_not_exist(complains):
     message = complains("fit", "--config", "bolt/finetun.yaml")
     assert message.startswith("--config bolt/finetun.yaml: no such file in ")

@@ -105,6 +105,19 @@ def test_a_missing_checkpoint_says_where_it_looked(tmp_path, given):
         resolve_checkpoint(given, tmp_path, "bolt", None)
 
 
+def test_a_run_that_was_stopped_in_the_one_it_began_with(tmp_path):
+    begun = start(tmp_path)
+    inner = begun.path / "base"
+    (inner / "checkpoints").mkdir(parents=True)
+    (inner / "checkpoints/last.ckpt").write_bytes(b"")
+    for given, name in (("last", begun.path.name), ("last", None), (str(begun.path), None)):
+        with pytest.raises(UserError) as told:
+            resolve_checkpoint(given, tmp_path, "bolt", name)
+        assert f"finish that with `fit --ckpt_path {inner}`, then" in str(told.value)
+        assert str(told.value).endswith(f"start the run again with `--model.base {inner}`")
+    assert resolve_checkpoint(str(inner), tmp_path, "bolt", None) == inner / "checkpoints/last.ckpt"
+
+
 def test_a_folder_that_cannot_be_made_names_the_remedy(tmp_path):
     (tmp_path / "bolt").write_text("a file")
     with pytest.raises(UserError, match=r"cannot make the run folder .*bolt.*choose another --run\.root"):
