@@ -98,7 +98,13 @@ class KnowledgeGraphEmbedding(LinkPredictor):
         return isinstance(self.tables, ShardedEmbeddingTables) and self.tables.is_spread
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of a batch of triples and their corruptions."""
+        """Loss of a batch of triples and their corruptions.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not batch.negatives.numel():
+            raise ValueError("the training batches have no negatives to learn from; set --data.objective links")
         scoring = self.tables.scoring
         heads, relations, tails, negatives = self.tables.look_up(
             batch.heads, batch.relations, batch.tails, batch.negatives

@@ -235,6 +235,11 @@ def test_the_rate_drops_at_half_the_epochs_or_at_milestones(folder, milestones, 
     assert dict(rates.rates) == pytest.approx({epoch: 0.01 * value for epoch, value in enumerate(expected)})
 
 
+def test_batches_without_negatives_are_refused(folder):
+    with pytest.raises(ValueError, match=r"have no negatives to learn from; set --data\.objective links"):
+        quiet_trainer().fit(model(), datamodule=graph(folder, objective="analogies"))
+
+
 def test_all_parameters_are_trained(folder):
     module = base_model("HAKE")
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
