@@ -1,5 +1,6 @@
 """AnKGE: embeddings of knowledge graphs, and analogical inference on top of them."""
 
+import inspect
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +21,10 @@ from lightning_apps.loggers import finish_wandb
 CONFIGURATIONS = (".yaml", ".yml")
 BASE_FOLDER, BEST = "base", "checkpoints/best.ckpt"
 # What the base model's configuration says itself of its data and its trainer; the rest is that of the whole run.
-OWN_DATA = ("objective", "batch_size", "eval_batch_size", "negatives", "num_negatives", "chunk_size", "use_weight")
+OF_NEGATIVES = ("negatives", "num_negatives", "chunk_size", "use_weight")  # which AnKGE has no use for
+OWN_DATA = ("objective", "batch_size", "eval_batch_size", *OF_NEGATIVES)
 SHARED_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "fast_dev_run")
+SHARED_TRAINER += ("deterministic", "benchmark", "detect_anomaly")
 SHARED_TRAINER += ("enable_progress_bar", "enable_model_summary", "limit_train_batches", "limit_val_batches")
 
 
@@ -33,6 +36,9 @@ def train_base(cli: AppCLI) -> None:
     Raises:
         UserError: If the base model cannot be had so, or settings contradict each other.
     """
+    from modules.knowledge_graph import check_precision
+
+    check_precision(cli.config[cli.subcommand].trainer.get("precision"))
     options = cli.config[cli.subcommand].model.get("init_args", {})
     data = cli.config[cli.subcommand].data.get("init_args", {})
     if options.get("adaptive_weights") and not data.get("query_counts", True) and cli.subcommand != "export":
@@ -69,10 +75,9 @@ def _fit_base(cli: AppCLI, name: str) -> str:
     except UserError as error:
         raise UserError(str(error).replace("--config", "--model.base", 1)) from error
     config = cli.plain_config()
+    _check_settings(config, name)
     data = {key: value for key, value in config["data"].get("init_args", {}).items() if key not in OWN_DATA}
     shared = {key: config["trainer"][key] for key in SHARED_TRAINER if config["trainer"].get(key) is not None}
-    if shared.get("fast_dev_run"):
-        raise UserError("--trainer.fast_dev_run leaves no base model; set --model.base to a checkpoint of one")
     layer: dict[str, Any] = {
         "seed_everything": config["seed_everything"],
         "data": {"class_path": config["data"]["class_path"], "init_args": data},
@@ -88,8 +93,30 @@ def _fit_base(cli: AppCLI, name: str) -> str:
     cli._set_seed()  # as in a run that is given this checkpoint
     best = folder / BEST
     if not best.is_file():
-        raise UserError(f"{name}: the base model left no {best}; its configuration needs callbacks.checkpoint")
+        raise UserError(
+            f"{name}: the base model left no {best}; its configuration needs callbacks.checkpoint, or validation "
+            "never ran"
+        )
     return str(best)
+
+
+def _check_settings(config: dict[str, Any], name: str) -> None:
+    """Refuse what would leave no base model, and settings of its training, which only its own configuration has."""
+    trainer, data = config["trainer"], config["data"].get("init_args", {})
+    if trainer.get("fast_dev_run"):
+        raise UserError("--trainer.fast_dev_run leaves no base model; set --model.base to a checkpoint of one")
+    if trainer.get("limit_val_batches") == 0:
+        raise UserError(
+            "--trainer.limit_val_batches 0: the best checkpoint of the base model is chosen by validation; leave that "
+            "on, or set --model.base to a checkpoint"
+        )
+    defaults = inspect.signature(KnowledgeGraph.__init__).parameters
+    for key in OF_NEGATIVES:
+        if key in data and data[key] != defaults[key].default:
+            raise UserError(
+                f"--data.{key} {data[key]}: is for the base model, which is trained as {name} says; put it into a YAML "
+                "of your own and give that as --model.base"
+            )
 
 
 APP = App(

@@ -301,16 +301,18 @@ class AnalogicalEmbedding(LinkPredictor):
         """
         shape = (len(batch.heads), self.hparams.num_entities)
         if not self.hparams.adaptive_weights:
-            return batch.entity_counts.new_ones(len(LEVELS), 1, 1, dtype=torch.float32).expand(-1, *shape)
+            return self.tables.entities.new_ones(len(LEVELS), 1, 1).expand(-1, *shape)
         if batch.seen is None or batch.linked is None:
             raise ValueError(
                 "adaptive_weights: the queries have no counts of the training graph; set --data.query_counts true, or "
                 "--model.adaptive_weights false"
             )
-        options, weights = self.hparams, torch.zeros(len(LEVELS), *shape, device=batch.heads.device)
-        weights[0, batch.seen[0], batch.seen[1]] = (batch.seen_counts / options.entities).clamp(max=1).float()
-        weights[1, batch.linked[0], batch.linked[1]] = (batch.linked_counts / options.relations).clamp(max=1).float()
-        weights[2] = (batch.entity_counts / options.pairs).clamp(max=1).float()
+        options, weights = self.hparams, self.tables.entities.new_zeros(len(LEVELS), *shape)
+        weights[0, batch.seen[0], batch.seen[1]] = (batch.seen_counts / options.entities).clamp(max=1).to(weights)
+        weights[1, batch.linked[0], batch.linked[1]] = (
+            (batch.linked_counts / options.relations).clamp(max=1).to(weights)
+        )
+        weights[2] = (batch.entity_counts / options.pairs).clamp(max=1)
         return weights
 
     def candidate_scores(self, batch: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from modules.knowledge_graph.embedding_tables import EmbeddingTables
 from modules.knowledge_graph.lightning_module import KnowledgeGraphEmbedding, corrupted_distances
-from modules.knowledge_graph.link_predictor import CATEGORIES, SIDES, LinkPredictor
+from modules.knowledge_graph.link_predictor import CATEGORIES, SIDES, LinkPredictor, check_precision
 from modules.knowledge_graph.losses import self_adversarial_loss
 from modules.knowledge_graph.scoring import (
     HAKE,
@@ -31,6 +31,7 @@ __all__ = [
     "ShardedEmbeddingTables",
     "TransE",
     "build_scoring",
+    "check_precision",
     "corrupted_distances",
     "self_adversarial_loss",
 ]

@@ -16,6 +16,9 @@ HITS = (1, 3, 10)
 SHOWN = ("mrr", *(f"hits@{k}" for k in HITS))
 
 
+COARSE = ("16-true", "bf16-true")
+
+
 class LinkPredictor(LightningModule, ABC):
     """Ranks the tails of queries (head, relation, ?), filtered, with controls beside the method.
 
@@ -44,6 +47,10 @@ class LinkPredictor(LightningModule, ABC):
         self.ties, self.top_k, self.controls = ties, min(top_k, num_entities), controls
         self.val_rankings = self._new_rankings()
         self.test_rankings = self._new_rankings()
+
+    def setup(self, stage: str) -> None:
+        """See :func:`check_precision`."""
+        check_precision(self.trainer.precision)
 
     def _new_rankings(self, copies: Mapping[str, int] | None = None) -> nn.ModuleDict:
         copies, groups = copies or {}, {"method": (*SIDES, *CATEGORIES)} | dict.fromkeys(self.controls, ())
@@ -153,3 +160,19 @@ class LinkPredictor(LightningModule, ABC):
         """Scores (B, k) and entities (B, k) of the best tails of the queries, best first."""
         best = self.candidate_scores(batch).topk(self.top_k, dim=1)
         return best.values, best.indices
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse weights of 16 bits, whose scores of thousands of candidates are mostly ties.
+
+    Args:
+        precision: of the trainer.
+
+    Raises:
+        ValueError: If it is one of these.
+    """
+    if precision in COARSE:
+        raise ValueError(
+            f"precision {precision}: embeddings of 16 bits give many candidates the same score; set "
+            f"trainer.precision to {precision.replace('true', 'mixed')}, 32-true or 64-true"
+        )

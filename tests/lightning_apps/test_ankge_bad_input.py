@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lightning_apps.ankge import APP
+from lightning_apps.config_files import SHIPPED
 from tests.lightning_apps.commands import last
 from tests.lightning_apps.complaints import command, complainer
 from tests.modules.small_graph import ENTITIES, RELATIONS, triples, write_graph
@@ -109,7 +111,15 @@ def test_a_file_that_is_not_as_it_should_be(complains, tmp_path, contents, expec
 OPTIONS = {
     "no folder": (["--data.root", "nowhere"], "--data.root 'nowhere' is no folder"),
     "no negatives": (["--data.num_negatives", "0"], "num_negatives is 0, expected 1 or more"),
+    "no negatives as for AnKGE": (
+        ["--data.objective", "analogies"],
+        "the training batches have no negatives to learn from; set --data.objective links",
+    ),
     "no dimension": (["--model.scoring.dimension", "0"], "dimension is 0, expected 1 or more"),
+    "weights of 16 bits": (
+        ["--trainer.precision", "bf16-true"],
+        "precision bf16-true: embeddings of 16 bits give many candidates the same score; set trainer.precision to ",
+    ),
     "a margin below 0": (["--model.scoring.margin", "-1"], "margin is -1.0, expected 0 or more"),
     "a rate of 0": (["--model.lr", "0"], "lr is 0.0, expected above 0"),
     "no answers": (["--model.top_k", "0"], "top_k is 0, expected 1 or more"),
@@ -163,6 +173,18 @@ ANALOGY_OPTIONS = {
     "a dry run without a base": (
         ["--model.base", "ankge/transe_world.yaml", "--trainer.fast_dev_run", "true"],
         "--trainer.fast_dev_run leaves no base model; set --model.base to a checkpoint of one",
+    ),
+    "a base without validation": (
+        ["--model.base", "ankge/transe_world.yaml", "--trainer.limit_val_batches", "0"],
+        "--trainer.limit_val_batches 0: the best checkpoint of the base model is chosen by validation",
+    ),
+    "negatives of the base": (
+        ["--model.base", "ankge/transe_world.yaml", "--data.num_negatives", "8"],
+        "--data.num_negatives 8: is for the base model, which is trained as ankge/transe_world.yaml says; put it into",
+    ),
+    "weights of the base": (
+        ["--model.base", "ankge/transe_world.yaml", "--data.use_weight", "true"],
+        "--data.use_weight True: is for the base model",
     ),
     "another dimension": (
         [*SCORING, "modules.knowledge_graph.TransE", "--model.scoring.margin", "9", "--model.scoring.dimension", "5"],
@@ -242,6 +264,7 @@ QUERIES = {
     "an unknown relation": ("e00,R0,\n", "relation 'R0' is not in the graph; the nearest names are 'r0'"),
     "both ends": ("e00,r0,e01\n", "exactly one of the two has to be empty"),
     "no end": (",r0,\n", "exactly one of the two has to be empty"),
+    "a comma in a name": ("Paris, France,r0,\n", "line 2: 4 fields, more than the 3 of the header; put names with com"),
     "no line": ("", "queries.csv: has a header but no row"),
 }
 
@@ -368,6 +391,22 @@ def test_more_candidates_than_there_are_become_fewer(works):
     told = [str(warning.message) for warning in warned]
     assert f"AnKGE: candidate_entities is 1000, but the graph has only {ENTITIES - 1}" in told
     assert f"AnKGE: candidate_relations is 40, but the graph has only {2 * RELATIONS}" in told
+
+
+def test_a_base_configuration_of_ones_own_has_its_negatives_and_the_machine_of_the_run(works, tmp_path):
+    content = yaml.safe_load((SHIPPED / "ankge/transe_world.yaml").read_text())
+    content["data"]["init_args"] = {"num_negatives": 8, "batch_size": 32}
+    content["trainer"]["max_epochs"] = content["trainer"]["check_val_every_n_epoch"] = 1
+    content["callbacks"] = {"checkpoint": content["callbacks"]["checkpoint"]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    machine = ["--trainer.deterministic", "true", "--trainer.precision", "64-true"]
+    folder = works("fit", *ANALOGIES, *GRAPH, "graph", "--model.base", str(tmp_path / "own.yaml"), *machine)
+    config = yaml.safe_load((folder / "base/config.yaml").read_text())
+    assert config["data"]["init_args"]["num_negatives"] == 8
+    assert (config["trainer"]["deterministic"], config["trainer"]["precision"]) == (True, "64-true")
+    for path in (folder, folder / "base"):
+        state = torch.load(path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        assert state["tables.entities"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("similarity", ["cos", "cos_official"])

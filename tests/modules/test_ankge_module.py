@@ -500,6 +500,40 @@ def test_the_base_stays_as_it_is_and_only_the_functions_are_trained(folder, base
             assert not torch.equal(module.state_dict()[key], seen["before"][key]), key
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_other_precisions_train_and_rank_both_models(folder, name, tmp_path):
+    """The same steps but for rounding, and ranks of the tables as they are kept."""
+    found = {}
+    for precision in ("32-true", "64-true", "bf16-mixed"):
+        base = base_model(name, lr=0.05)
+        trainer = quiet_trainer(max_epochs=3, precision=precision)
+        trainer.fit(base, datamodule=graph(folder, seed=0))
+        trainer.save_checkpoint(tmp_path / "base.ckpt")
+        module = ankge(tmp_path / "base.ckpt", lr=0.05, strength=1.0, level_grid=GRID)
+        trainer = trainer_of(max_epochs=3, precision=precision)
+        trainer.fit(module, datamodule=analogies(folder))
+        (scores,) = trainer.test(module, datamodule=analogies(folder), verbose=False)
+        kept = torch.float64 if precision == "64-true" else torch.float32
+        assert {value.dtype for value in module.state_dict().values()} == {kept}
+        assert scores["test/mrr"] == pytest.approx(
+            means(ranks_by_loops(module, "test", lambdas=module.level_weights.tolist()))["mrr"], rel=1e-6
+        )
+        found[precision] = module
+    states = {precision: module.state_dict() for precision, module in found.items()}
+    for key, expected in states["32-true"].items():
+        assert torch.allclose(states["64-true"][key].float(), expected, atol=2e-3), key
+        if key.startswith("analogies"):
+            assert (states["bf16-mixed"][key] - expected).abs().mean() < 0.05, key
+
+
+def test_weights_of_16_bits_are_refused_before_training(folder, bases):
+    for module, data in ((base_model(), graph(folder)), (ankge(bases["TransE"]), analogies(folder))):
+        with pytest.raises(
+            ValueError, match=r"precision bf16-true: embeddings .*; set trainer\.precision to bf16-mixed"
+        ):
+            quiet_trainer(precision="bf16-true").fit(module, datamodule=data)
+
+
 def test_training_brings_the_analogies_to_their_targets(folder, bases):
     module, data = ankge(bases["TransE"], lr=0.02, strength=1.0), analogies(folder)
 
