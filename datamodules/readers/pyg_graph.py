@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from datamodules.downloads import DownloadError
-from datamodules.readers.triples import PARTS, Graph, TripleFolder
+from datamodules.readers.triples import PARTS, Graph, TripleFolder, find_file
 
 Name = Literal["FB15k-237", "WN18RR"]
 FILES = tuple(f"{stem}.txt" for stem in PARTS.values())
@@ -14,6 +14,8 @@ FILES = tuple(f"{stem}.txt" for stem in PARTS.values())
 
 class PygGraph:
     """``raw/train.txt``, ``raw/valid.txt``, ``raw/test.txt`` of PyTorch Geometric's ``FB15k_237`` or ``WordNet18RR``.
+
+    Files that are packed, ``train.txt.gz`` and so on, are taken as well.
 
     Entities and relations are numbered as :class:`datamodules.readers.triples.TripleFolder` does, which is not how
     PyTorch Geometric numbers them.
@@ -30,7 +32,7 @@ class PygGraph:
         if name not in get_args(Name):
             raise ValueError(f"name '{name}' is unknown; expected one of {', '.join(get_args(Name))}")
         self.root, self.name = Path(root or f"data/{name}").expanduser(), name
-        self.raw = self.root if (self.root / FILES[0]).is_file() else self.root / "raw"
+        self.raw = self.root if find_file(self.root, FILES[0]) else self.root / "raw"
 
     @property
     def sources(self) -> list[Path]:
@@ -58,7 +60,7 @@ class PygGraph:
         return TripleFolder(self.raw).read()
 
     def _missing(self) -> list[str]:
-        return [name for name in FILES if not (self.raw / name).is_file()]
+        return [name for name in FILES if find_file(self.raw, name) is None]
 
     def _download(self) -> None:
         from torch_geometric.datasets import FB15k_237, WordNet18RR
@@ -69,9 +71,11 @@ class PygGraph:
         try:
             dataset(str(partial))
         except Exception as error:  # whatever its way of fetching files raises
+            shutil.rmtree(partial, ignore_errors=True)
             raise DownloadError(
                 f"PyTorch Geometric could not fetch {self.name} ({type(error).__name__}: {error}). On a machine with a "
                 f"connection fetch {', '.join(f'{dataset.url}/{name}' for name in FILES)} and put them into {self.raw}"
+                "; or where they are elsewhere already, set --data.layout tsv and --data.root to their folder"
             ) from error
         self.raw.mkdir(exist_ok=True)
         for name in self._missing():

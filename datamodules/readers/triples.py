@@ -83,11 +83,11 @@ class TripleFolder:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"--data.{option} '{root}' is no folder; set it to the folder of the triples")
-        self.numbered = not _find(self.root, "train.txt") and _find(self.root, "train2id.txt") is not None
+        self.numbered = not find_file(self.root, "train.txt") and find_file(self.root, "train2id.txt") is not None
         suffix = "2id.txt" if self.numbered else ".txt"
         self.files = {part: self._file(f"{stem}{suffix}") for part, stem in PARTS.items()}
         names = ("entity2id.txt", "relation2id.txt") if self.numbered else ("entities.dict", "relations.dict")
-        self.dictionaries = [_find(self.root, name) for name in names]
+        self.dictionaries = [find_file(self.root, name) for name in names]
 
     @property
     def sources(self) -> list[Path]:
@@ -140,7 +140,7 @@ class TripleFolder:
         return build_graph(*names, parts)
 
     def _file(self, name: str) -> Path:
-        path = _find(self.root, name)
+        path = find_file(self.root, name)
         if path is None:
             wanted = ", ".join(f"{stem}.txt" for stem in PARTS.values())
             raise FileNotFoundError(
@@ -345,5 +345,6 @@ def _numbers(table: Table, column: int, names: list[str], dictionary: Path | Non
     return column_numbers
 
 
-def _find(root: Path, name: str) -> Path | None:
+def find_file(root: Path, name: str) -> Path | None:
+    """The file of a name in a folder, or the packed one, ``<name>.gz``."""
     return next((path for path in (root / name, root / f"{name}.gz") if path.is_file()), None)

@@ -310,15 +310,26 @@ def test_missing_files_are_downloaded_by_pytorch_geometric(tmp_path, monkeypatch
     assert not (folder / "download.part").exists()
 
 
+@pytest.mark.parametrize("root", ["", "raw"])
+def test_packed_files_are_not_downloaded_again(tmp_path, monkeypatch, root):
+    monkeypatch.setattr(FB15k_237, "download", lambda self: pytest.fail("downloaded"))
+    write(tmp_path / "FB" / root, packed=("train", "valid", "test"))
+    assert named(PygGraph(str(tmp_path / "FB"), "FB15k-237").read()) == ODD
+    assert {path.suffix for path in (tmp_path / "FB").rglob("*.*")} == {".gz"}
+
+
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     def refuse(self):
         write(Path(self.raw_dir), {"train": "half a li"})
         raise URLError("no route")
 
     monkeypatch.setattr(FB15k_237, "download", refuse)
-    with pytest.raises(DownloadError, match=r"could not fetch FB15k-237 .*no route.*train\.txt.*put them into .*raw"):
+    with pytest.raises(
+        DownloadError, match=r"could not fetch FB15k-237 .*no route.*train\.txt.*put them into .*raw.*tsv"
+    ):
         PygGraph(str(tmp_path), "FB15k-237").read()
     assert not (tmp_path / "raw").exists()
+    assert not (tmp_path / "download.part").exists()
 
 
 def test_a_data_set_that_pytorch_geometric_does_not_have(tmp_path):
