@@ -121,7 +121,7 @@ class ImageDataModule(RepeatableLoaders):
         main_metric: Literal["acc", "balanced_acc", "kappa"] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        description: dict[str, Any] | None = None,
+        description: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
@@ -173,8 +173,8 @@ class ImageDataModule(RepeatableLoaders):
         return self._per_channel(self.hparams.std, self.reader.facts.std)
 
     @property
-    def description(self) -> dict[str, Any]:
-        """What predictions for other images need to know of the data set, as plain values."""
+    def description(self) -> str:
+        """What predictions for other images need to know of the data set, as JSON."""
         return describe_images(self.reader)
 
     def prepare_data(self) -> None:

@@ -90,7 +90,7 @@ class ObjectDetection(RepeatableLoaders):
         main_metric: Literal["map", "map_50", "map_75"] = "map",
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        description: dict[str, Any] | None = None,
+        description: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
@@ -141,8 +141,8 @@ class ObjectDetection(RepeatableLoaders):
         return list(self.hparams.std or IMAGENET_STD)
 
     @property
-    def description(self) -> dict[str, Any]:
-        """What predictions for other images need to know of the data set, as plain values."""
+    def description(self) -> str:
+        """What predictions for other images need to know of the data set, as JSON."""
         return describe_boxes(self.reader)
 
     def setup(self, stage: str | None = None) -> None:

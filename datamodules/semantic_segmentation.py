@@ -106,7 +106,7 @@ class SemanticSegmentation(RepeatableLoaders):
         main_metric: Literal["miou", "aacc", "macc"] = "miou",
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        description: dict[str, Any] | None = None,
+        description: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the model has facts of the same names
@@ -191,8 +191,8 @@ class SemanticSegmentation(RepeatableLoaders):
         return list(self.hparams.std or self.reader.facts.std)
 
     @property
-    def description(self) -> dict[str, Any]:
-        """What predictions for other pictures need to know of the data set, as plain values."""
+    def description(self) -> str:
+        """What predictions for other pictures need to know of the data set, as JSON."""
         return describe_pictures(self.reader)
 
     def setup(self, stage: str | None = None) -> None:

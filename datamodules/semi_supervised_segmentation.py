@@ -112,7 +112,7 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         main_metric: Literal["miou", "aacc", "macc"] = "miou",
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        description: dict[str, Any] | None = None,
+        description: str | None = None,
     ) -> None:
         super().__init__()  # saves the options of this class as well
 

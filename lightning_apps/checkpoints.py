@@ -20,13 +20,13 @@ class CheckpointFacts:
         path: The file.
         config: The configuration of the run that wrote it (`model`, `data`, `callbacks`, `trainer`, ...).
         facts: What the data said of itself.
-        data_description: What predictions for other data need to know of it; empty in older files.
+        data_description: What predictions for other data need to know of it, as JSON; None where nothing is known.
     """
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    data_description: dict[str, Any] = field(default_factory=dict)
+    data_description: str | None = None
 
     def layer(self, subcommand: str) -> dict[str, Any]:
         """The part of the configuration that a command on this checkpoint starts from.
@@ -76,8 +76,7 @@ def describe_checkpoint(path: Path, app: str, weights_only: bool = True) -> Chec
             f"--ckpt_path {path}: was written by the app '{other}', not by '{app}'. "
             f"Use it with: python -m lightning_apps.{other}"
         )
-    described = mark.get("data_description") or {}
-    return CheckpointFacts(path, mark.get("config") or {}, mark.get("facts") or {}, described)
+    return CheckpointFacts(path, mark.get("config") or {}, mark.get("facts") or {}, mark.get("data_description"))
 
 
 def conflicts(

@@ -247,7 +247,7 @@ class RunRecorder(Callback):
         config: The configuration in use, as plain values.
         facts: What the data said of itself (class names, image size, normalisation), kept in checkpoints so that
             `export` needs no data.
-        data_description: What predictions for other data need to know of it, kept likewise for `predict`.
+        data_description: What predictions for other data need to know of it, as JSON, kept likewise for `predict`.
     """
 
     def __init__(
@@ -256,13 +256,13 @@ class RunRecorder(Callback):
         app: str,
         config: dict[str, Any],
         facts: dict[str, Any],
-        data_description: dict[str, Any] | None = None,
+        data_description: str | None = None,
     ) -> None:
         self.folder = folder
         self.app = app
         self.config = config
         self.facts = facts
-        self.data_description = data_description or {}
+        self.data_description = data_description
 
     @rank_zero_only
     def _write(self) -> None:

@@ -53,7 +53,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = _read(path)
     except Exception as error:
-        raise ValueError(f"init_from: {path} cannot be read as a weights file: {error}") from error
+        raise ValueError(
+            f"init_from: {path} cannot be read as a weights file; expected a state dictionary that torch.save (.ckpt, "
+            ".pth, .pt, .bin) or safetensors (.safetensors) wrote, not cut off"
+        ) from error
     hyper_parameters = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -1,5 +1,6 @@
 """Readers that stand for a data set which is not at hand: what a trained model has to know of it, and no samples."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -31,9 +32,9 @@ class DescribedImages:
 
     published_split = False
 
-    def __init__(self, description: Mapping[str, Any]) -> None:
-        self.id_column = str(_entry(description, "id_column"))
-        self.facts = _facts(Facts, description)
+    def __init__(self, description: str) -> None:
+        content = _content(description, "id_column", "facts")
+        self.id_column, self.facts = content["id_column"], _facts(Facts, content["facts"])
 
     def prepare(self) -> None:
         """Nothing to do."""
@@ -59,8 +60,8 @@ class DescribedPictures:
         ValueError: If it is the description of something else.
     """
 
-    def __init__(self, description: Mapping[str, Any]) -> None:
-        self.facts = _facts(SegmentationFacts, description)
+    def __init__(self, description: str) -> None:
+        self.facts = _facts(SegmentationFacts, _content(description, "facts")["facts"])
 
     def read(self) -> NoReturn:
         """There are no samples."""
@@ -77,49 +78,41 @@ class DescribedBoxes:
         ValueError: If it is the description of something else.
     """
 
-    def __init__(self, description: Mapping[str, Any]) -> None:
-        self.class_names = list(_entry(description, "class_names"))
-        self.category_ids = list(_entry(description, "category_ids"))
+    def __init__(self, description: str) -> None:
+        content = _content(description, "class_names", "category_ids")
+        self.class_names, self.category_ids = content["class_names"], content["category_ids"]
 
     def read(self, part: str) -> NoReturn:
         """There are no samples."""
         raise _nothing_to_read()
 
 
-def describe_images(reader: Reader) -> dict[str, Any]:
-    """All that predictions for other images need, as plain values."""
-    return {"id_column": reader.id_column, "facts": _plain(asdict(reader.facts))}
+def describe_images(reader: Reader) -> str:
+    """All that predictions for other images need, as JSON."""
+    return json.dumps({"id_column": reader.id_column, "facts": asdict(reader.facts)})
 
 
-def describe_pictures(reader: SegmentationReader) -> dict[str, Any]:
-    """All that predictions for other pictures need, as plain values."""
-    return {"facts": _plain(asdict(reader.facts))}
+def describe_pictures(reader: SegmentationReader) -> str:
+    """All that predictions for other pictures need, as JSON."""
+    return json.dumps({"facts": asdict(reader.facts)})
 
 
-def describe_boxes(reader: BoxReader) -> dict[str, Any]:
-    """All that predictions for other images need, as plain values."""
-    return {"class_names": list(reader.class_names), "category_ids": list(reader.category_ids)}
+def describe_boxes(reader: BoxReader) -> str:
+    """All that predictions for other images need, as JSON."""
+    return json.dumps({"class_names": list(reader.class_names), "category_ids": list(reader.category_ids)})
 
 
-def _facts(kind: type[AnyFacts], description: Mapping[str, Any]) -> AnyFacts:
-    values = _entry(description, "facts")
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(set(values) - known):
+def _content(description: str, *names: str) -> dict[str, Any]:
+    content = json.loads(description)
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(f"description has {', '.join(content) or 'nothing'}, expected '{missing[0]}' in it")
+    return content
+
+
+def _facts(kind: type[AnyFacts], values: Mapping[str, Any]) -> AnyFacts:
+    if unknown := sorted(set(values) - {field.name for field in fields(kind)}):
         raise ValueError(f"description has {', '.join(unknown)}, which {kind.__name__} does not know")
     return kind(**{name: _frozen(value) for name, value in values.items()})
-
-
-def _entry(description: Mapping[str, Any], name: str) -> Any:
-    if name not in description:
-        raise ValueError(f"description has {', '.join(description) or 'nothing'}, expected '{name}' in it")
-    return description[name]
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples, so that the values are the same in a checkpoint and in YAML."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def _frozen(value: Any) -> Any:

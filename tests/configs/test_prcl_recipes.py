@@ -264,9 +264,12 @@ def test_a_published_configuration_has_the_published_values(name):
 
 
 def test_the_overlays_have_the_values_of_the_released_code_and_of_the_draft():
-    """Section 8 (first row) and section 11."""
+    """Section 8 (similarity and 8-bit path) and section 11."""
     official, journal = arguments("prcl/official_code"), arguments("prcl/journal")
-    assert official == {"method": "prcl", "mls_reduction": "mean", "temperature": 100}
+    assert official == {
+        "method": "prcl", "mls_reduction": "mean", "temperature": 100, "unsupervised_threshold": 0.97254902,
+        "weak_threshold": 0.70196079,
+    }  # fmt: skip
     assert journal == {
         "method": "prcl", "mls_reduction": "mean", "temperature": 0.5, "global_prototypes": True, "forget": 1.0,
         "virtual_negatives": 4, "virtual_radius": 1.0, "contrast_rate": 0.0, "contrast_end": math.inf,

@@ -38,6 +38,7 @@ def work(tmp_path_factory) -> Path:
     """A working folder with a run that was trained on a folder of pictures."""
     folder = tmp_path_factory.mktemp("work")
     write_mask_folder(folder / "own", [f"p{number:02}" for number in range(12)])
+    (folder / "own/classes.txt").write_text("01\nnull\n3\n")  # names that are no text to YAML
     for seed, size in enumerate(((40, 32), (32, 48))):
         save_image(folder / f"new/{size[0]}.png", seed, size)
     with contextlib.chdir(folder):

@@ -362,7 +362,9 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.ckpt; pre-train first, or .* --model.init_from"):
         classifier(init_from=str(tmp_path / "nowhere.ckpt")).load_pretrained()
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(ValueError, match=r"init_from: .*broken.ckpt cannot be read as a weights file"):
+    with pytest.raises(
+        ValueError, match=r"init_from: .*broken.ckpt cannot be read as a weights file; expected a state dictionary"
+    ):
         classifier(init_from=str(tmp_path / "broken.ckpt")).load_pretrained()
     torch.save({"epoch": 3}, tmp_path / "empty.ckpt")
     with pytest.raises(ValueError, match=r"init_from: .*empty.ckpt holds no dictionary of tensors"):
