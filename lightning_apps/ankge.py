@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from callbacks import AnalogyRetriever, CompletionWriter, FrozenParameters, RankReport
 from datamodules import KnowledgeGraph
 from lightning_apps.app import App
+from lightning_apps.checkpoints import read_checkpoint
 from lightning_apps.cli import AppCLI, main
 from lightning_apps.config_files import find_config
 from lightning_apps.errors import UserError
@@ -31,7 +32,7 @@ SHARED_TRAINER += ("enable_progress_bar", "enable_model_summary", "limit_train_b
 def train_base(cli: AppCLI) -> None:
     """Where `model.init_args.base` names a configuration, train that on the same data, in the folder `base` of the run.
 
-    Its best checkpoint is the base then, and the score function is that of the base unless it is given.
+    Its best checkpoint is the base then. A checkpoint of AnKGE needs no base, as its score function is its own.
 
     Raises:
         UserError: If the base model cannot be had so, or settings contradict each other.
@@ -46,7 +47,11 @@ def train_base(cli: AppCLI) -> None:
             "--data.query_counts false: AnKGE weighs its scores by these counts; set --data.query_counts true, or "
             "--model.adaptive_weights false"
         )
-    if cli.subcommand != "fit" or "base" not in options:
+    if "base" not in options:
+        return
+    if cli.checkpoint is not None:
+        _take_scoring(cli, options)
+    if cli.subcommand != "fit":
         return
     if cli.inner_folder is not None:
         raise UserError(
@@ -55,10 +60,24 @@ def train_base(cli: AppCLI) -> None:
         )
     if cli.checkpoint is None:
         options.base = _base_checkpoint(cli, options.base)
-    if options.get("scoring") is None:
-        from modules.ankge import scoring_of
+        _check_scoring(cli, options.base)
 
-        options.scoring = scoring_of(options.base)
+
+def _take_scoring(cli: AppCLI, options: Any) -> None:
+    """Let the checkpoint say which score function it has, where its settings leave that to the base."""
+    if options.get("scoring") is None:
+        options.scoring = read_checkpoint(cli.checkpoint.path).get("hyper_parameters", {}).get("scoring")
+        if settings := (cli.checkpoint.config.get("model") or {}).get("init_args"):
+            settings["scoring"] = options.scoring
+
+
+def _check_scoring(cli: AppCLI, base: str) -> None:
+    from modules.ankge import scoring_of
+    from modules.knowledge_graph import build_scoring
+
+    trained, given = scoring_of(base), cli.plain_config()["model"]["init_args"].get("scoring")
+    if given is not None and build_scoring(given).describe() != trained:
+        raise UserError(f"base {base}: was trained with {trained}, but --model.scoring is {given}; leave that out")
 
 
 def _base_checkpoint(cli: AppCLI, base: str | None) -> str:

@@ -51,8 +51,10 @@ class AnalogicalEmbedding(LinkPredictor):
     well, whatever the analogies are, so read a gain beside these two.
 
     Args:
-        base: checkpoint of a ``KnowledgeGraphEmbedding``, whose weights are taken when training starts.
-        scoring: its score function; None reads it from ``base``.
+        base: checkpoint of a ``KnowledgeGraphEmbedding``, whose weights are taken when training starts. A checkpoint of
+            this model holds them, and needs no base any more.
+        scoring: its score function; None reads it from ``base``, which is then compared with the data at once, and not
+            only when training starts.
         num_entities: E.
         num_relations: R, without reverses.
         graph_hash: of the names of entities and relations; must be that of the base.
@@ -118,7 +120,8 @@ class AnalogicalEmbedding(LinkPredictor):
         top_k: int = 10,
     ) -> None:
         super().__init__(num_entities, num_relations, CONTROLS, ties, top_k)
-        scoring = build_scoring(scoring if scoring is not None else scoring_of(base))
+        read = scoring is None
+        scoring = build_scoring(scoring_of(base) if read else scoring)
         self.save_hyperparameters(ignore=["scoring"])
         self.hparams["scoring"] = scoring.describe()
         self._check_options()
@@ -137,6 +140,8 @@ class AnalogicalEmbedding(LinkPredictor):
         self.register_buffer("grid", torch.unique(tried * used, dim=0), persistent=False)
         self.register_buffer("level_weights", self.grid[0].clone())
         self.register_buffer("identity_weights", self.grid[0].clone())
+        if read:
+            self._state_of(base)
         if level_grid:
             self.val_rankings = self._new_rankings(dict.fromkeys(TRIED, len(self.grid)))
 
@@ -196,6 +201,15 @@ class AnalogicalEmbedding(LinkPredictor):
 
     def load_base(self, path: str | Path) -> None:
         """Take the embeddings of a checkpoint, after a check that it is of this graph and of these sizes."""
+        self.load_state_dict(self._state_of(path), strict=False)
+        rank_zero_info(f"AnKGE: took the embeddings of {path}")
+
+    def _state_of(self, path: str | Path) -> dict[str, Tensor]:
+        """The tables in a checkpoint of a base model.
+
+        Raises:
+            ValueError: If it is of another graph, score function or size.
+        """
         checkpoint = read_base(path)
         options = checkpoint["hyper_parameters"]
         if options["scoring"] != self.hparams["scoring"]:
@@ -212,9 +226,7 @@ class AnalogicalEmbedding(LinkPredictor):
                 f"base {path}: was trained on a graph whose entities or relations have other names or another order; "
                 "train a base model on this data"
             )
-        state = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
-        self.load_state_dict(state, strict=False)
-        rank_zero_info(f"AnKGE: took the embeddings of {path}")
+        return {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
 
     # ---- training
 
@@ -423,6 +435,11 @@ def read_base(path: str | Path | None) -> dict[str, Any]:
     options = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
     if "scoring" not in options or f"{PREFIX}entities" not in checkpoint.get("state_dict", {}):
         raise ValueError(f"base {path}: holds no embeddings of a knowledge graph")
+    if any(name.startswith("analogies.") for name in checkpoint["state_dict"]):
+        raise ValueError(
+            f"base {path}: is a checkpoint of AnKGE itself; give that of a base model, such as its own, "
+            f"{options.get('base')}"
+        )
     return checkpoint
 
 

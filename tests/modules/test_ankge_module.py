@@ -1,6 +1,7 @@
 """AnKGE as a LightningModule: losses, scores, controls, the choice of weights, and what it takes of its base."""
 
 import math
+import re
 import warnings
 from itertools import product
 
@@ -572,8 +573,13 @@ def changed(bases, path, **options):
     ],
 )
 def test_a_base_of_another_graph_is_refused(folder, bases, tmp_path, options, message):
-    path = changed(bases, tmp_path / "base.ckpt", **options)
-    module = ankge(path, graph_hash=graph(folder).graph_hash)
+    """When the model is built, or when training starts and the file is another one than before."""
+    path, hash_ = tmp_path / "base.ckpt", graph(folder).graph_hash
+    path.write_bytes(bases["TransE"].read_bytes())
+    module = ankge(path, graph_hash=hash_)
+    changed(bases, path, **options)
+    with pytest.raises(ValueError, match=rf"base .*base\.ckpt: {message}"):
+        ankge(path, graph_hash=hash_)
     with pytest.raises(ValueError, match=rf"base .*base\.ckpt: {message}"):
         trainer_of().fit(module, datamodule=analogies(folder))
 
@@ -603,6 +609,15 @@ def test_what_is_no_base_is_told(tmp_path, bases):
         torch.save(content, tmp_path / f"{number}.ckpt")
         with pytest.raises(ValueError, match="holds no embeddings of a knowledge graph"):
             ankge(tmp_path / f"{number}.ckpt")
+
+
+def test_a_checkpoint_of_ankge_is_no_base(folder, bases, tmp_path):
+    trainer = trainer_of(limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(ankge(bases["TransE"]), datamodule=analogies(folder))
+    trainer.save_checkpoint(tmp_path / "ankge.ckpt")
+    own = re.escape(str(bases["TransE"]))
+    with pytest.raises(ValueError, match=rf"ankge\.ckpt: is a checkpoint of AnKGE itself; give .* its own, {own}$"):
+        ankge(tmp_path / "ankge.ckpt")
 
 
 def test_training_on_embeddings_of_nothing_is_told(folder):
