@@ -21,7 +21,7 @@ from datamodules.readers.triples import COLUMNS, Graph, TripleFolder
 from datamodules.readers.world_graph import WorldGraph
 from datamodules.repeatable_loaders import RepeatableLoaders, check_at_least
 from datamodules.sampling import BatchKey, EvaluationArraySampler, TrainArraySampler
-from datamodules.triple_index import Gathered, TripleIndex, WithReverses
+from datamodules.triple_index import Gathered, TripleIndex, WithReverses, row_keys
 
 Layout = Literal["world", "tsv", "pyg"]
 PARTS = ("train", "val", "test")
@@ -121,8 +121,8 @@ class KnowledgeGraph(RepeatableLoaders):
         ``pyg``: the folder that PyTorch Geometric keeps ``FB15k_237`` or ``WordNet18RR`` in; it downloads what lacks.
 
     Validation or test triples with an entity or relation that no training triple has are kept, as the benchmarks do,
-    and reported: what is untrained is ranked by chance. Training triples that repeat an earlier one are left out, and
-    held-out triples that are training triples too are reported.
+    and reported: what is untrained is ranked by chance. Training triples that repeat an earlier one are left out.
+    Held-out triples that are training triples too, repeat an earlier one or are in both parts are reported.
 
     Args:
         layout: How the data lies on disk.
@@ -274,6 +274,7 @@ class KnowledgeGraph(RepeatableLoaders):
                     f"{twice} of {len(parts[part])} {TITLES[part]} triples are training triples too, so that results "
                     "are too good; remove them from one of the files"
                 )
+        self._tell_repeated(parts)
         return parts
 
     @cached_property
@@ -436,6 +437,22 @@ class KnowledgeGraph(RepeatableLoaders):
         done = "left out" if policy == "drop" else "kept, as the benchmarks do, although their vectors are not trained"
         rank_zero_warn(f"{message}; they are {done} (--data.unseen {policy})")
         return triples[~unseen] if policy == "drop" else triples
+
+    def _tell_repeated(self, parts: dict[str, np.ndarray]) -> None:
+        """Warn of held-out triples that count twice, or by which a model is both chosen and tested."""
+        keys = {part: row_keys(parts[part], self.num_entities, self.num_relations) for part in ("val", "test")}
+        distinct = {part: np.unique(its) for part, its in keys.items()}
+        for part, its in distinct.items():
+            if repeated := len(keys[part]) - len(its):
+                rank_zero_warn(
+                    f"{repeated} of {len(keys[part])} {TITLES[part]} triples repeat an earlier one and count twice; "
+                    "remove them from the file"
+                )
+        if common := len(np.intersect1d(*distinct.values(), assume_unique=True)):
+            rank_zero_warn(
+                f"{common} test triples are validation triples too, so that a model is tested on what it was chosen "
+                "by; remove them from one of the files"
+            )
 
     def _names(self, triple: np.ndarray) -> tuple[str, str, str]:
         head, relation, tail = triple.tolist()

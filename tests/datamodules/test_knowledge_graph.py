@@ -366,6 +366,20 @@ def test_held_out_triples_that_are_trained_on_are_told(tmp_path):
     assert len(data.splits["val"]) == 9
 
 
+def test_held_out_triples_that_count_twice_are_told(tmp_path):
+    parts = random_parts()
+    valid, test = parts["valid"] + parts["valid"][:2] + parts["test"][:3], parts["test"] + parts["test"][-1:] * 2
+    data = make(write(tmp_path / "graph", parts | {"valid": valid, "test": test}))
+    with pytest.warns(UserWarning, match="remove them from") as told:
+        data.setup()
+    assert sorted(str(warning.message).partition(";")[0] for warning in told) == [
+        "2 of 11 test triples repeat an earlier one and count twice",
+        "2 of 12 validation triples repeat an earlier one and count twice",
+        "3 test triples are validation triples too, so that a model is tested on what it was chosen by",
+    ]
+    assert (len(data.splits["val"]), len(data.splits["test"])) == (12, 11)
+
+
 def test_an_ordinary_graph_is_read_without_a_word(root):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -32,6 +32,12 @@ def test_names_are_needed_and_as_many_as_rows(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_all_files_may_be_read_by_those_whom_the_system_lets(tmp_path):
+    (tmp_path / "other").write_text("")
+    paths = export_embeddings(base_model(), NAMES, {}, tmp_path, ["npz", "parquet", "safetensors"]).values()
+    assert {path.stat().st_mode for path in paths} == {(tmp_path / "other").stat().st_mode}
+
+
 def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch):
     first, second = base_model(seed=0), base_model(seed=1)
     export_embeddings(first, NAMES, {}, tmp_path)
