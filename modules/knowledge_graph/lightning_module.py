@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -79,8 +80,8 @@ class KnowledgeGraphEmbedding(LinkPredictor):
         """Give this process its rows of a sharded table.
 
         Raises:
-            ValueError: If the strategy or precision is not for sharded tables, or there are fewer entities than
-                processes.
+            ValueError: If the strategy, precision or averaging of weights is not for sharded tables, or there are fewer
+                entities than processes.
         """
         if not isinstance(self.tables, ShardedEmbeddingTables):
             return
@@ -223,6 +224,12 @@ def _check_can_shard(trainer: Trainer) -> None:
         raise ValueError(
             "sharded: with precision 16-mixed each process would scale gradients by itself; set trainer.precision to "
             "bf16-mixed or 32"
+        )
+    averaging = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
+    if averaging:
+        raise ValueError(
+            f"sharded: {averaging[0]} would average the rows of one process alone, and save these for the whole table; "
+            "leave the callback out, or set sharded to false"
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.nn.functional import embedding
 
+from callbacks import WarmupWeightAveraging
 from modules.ankge import AnalogicalEmbedding
 from modules.knowledge_graph import (
     EmbeddingTables,
@@ -350,7 +351,7 @@ def test_a_file_is_read_without_a_trainer(folders, tmp_path):
 class Processes:
     """What a module asks its trainer before training."""
 
-    global_rank, world_size, precision = 0, 2, "32-true"
+    global_rank, world_size, precision, callbacks = 0, 2, "32-true", ()
 
     def __init__(self, strategy, **options):
         self.strategy = strategy
@@ -364,6 +365,10 @@ class Processes:
         (Processes(FSDPStrategy()), "the strategy is FSDPStrategy, which cannot spread"),
         (Processes(DDPStrategy(start_method="spawn")), "the strategy is DDPStrategy started by spawn, which cannot"),
         (Processes(DDPStrategy(), precision="16-mixed"), "set trainer.precision to bf16-mixed or 32"),
+        (
+            Processes(DDPStrategy(), callbacks=[WarmupWeightAveraging()]),
+            "sharded: WarmupWeightAveraging would average the rows of one process alone",
+        ),
         (Processes(DDPStrategy(), world_size=E + 1), f"{E} rows, which cannot be spread over {E + 1} processes"),
     ],
 )
