@@ -21,6 +21,7 @@ QUERY = ("head", "relation", "tail")
 class CompletionWriter(Callback):
     """Writes the answers of a link predictor, one a line: the completed triple, its rank and score.
 
+    ``query`` numbers the queries from 0. Where they are from a file, ``row`` is theirs in it, from 1 below the header.
     ``known`` says whether the triple is in the data already, as the right answer of one of its own queries is. Where
     the module names analogical objects, three columns tell those of the answer: an entity like the one that was given,
     a relation like the one that was asked for, and a pair of both.
@@ -80,6 +81,7 @@ class CompletionWriter(Callback):
                 lines.append(
                     {
                         "query": int(rows["index"][number]),
+                        **{key: query[key] for key in ("row",) if key in query},
                         **triple,
                         "answer": missing,
                         "rank": place + 1,

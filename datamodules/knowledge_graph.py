@@ -353,7 +353,7 @@ class KnowledgeGraph(RepeatableLoaders):
         counts = self.hparams.query_counts
         return LinkQueries(self._queried(part), self.index, self.known, self.relation_category, counts)
 
-    def query_names(self, index: Tensor | np.ndarray, part: str = "predict") -> list[dict[str, str]]:
+    def query_names(self, index: Tensor | np.ndarray, part: str = "predict") -> list[dict[str, Any]]:
         """Say what queries ask for.
 
         Args:
@@ -362,11 +362,14 @@ class KnowledgeGraph(RepeatableLoaders):
 
         Returns:
             For each its ``head``, ``relation`` and ``tail`` by name, as the file has them, and the ``side`` that is
-            asked for: ``head`` or ``tail``. Of that the name is the right answer, or empty where it is unknown.
+            asked for: ``head`` or ``tail``. Of that the name is the right answer, or empty where it is unknown. Queries
+            of a file also have its ``row``, from 1: one by a reversed relation is told as that of the relation itself.
         """
-        found = []
+        found: list[dict[str, Any]] = []
+        of_file = part == "predict" and self.hparams.predict_path is not None
         names = [*self.entity_names, ""]  # -1 is the last
-        for given, relation, answer in self._queried(part)[np.asarray(index)].tolist():
+        index = np.asarray(index)
+        for row, (given, relation, answer) in zip(index.tolist(), self._queried(part)[index].tolist(), strict=True):
             reverse, relation_row = divmod(relation, self.num_relations)
             head, tail = (answer, given) if reverse else (given, answer)
             found.append(
@@ -376,6 +379,7 @@ class KnowledgeGraph(RepeatableLoaders):
                     "tail": names[tail],
                     "side": "head" if reverse else "tail",
                 }
+                | ({"row": row + 1} if of_file else {})
             )
         return found
 

@@ -87,11 +87,19 @@ def sum_of_differences(queries: Tensor, table: Tensor) -> Tensor:
         table: (N, D).
 
     Returns:
-        (B, N). On a processor it is more than twice as fast as ``torch.cdist``, which it is on a GPU.
+        (B, N). On a processor it is more than twice as fast as ``torch.cdist``, which it is on CUDA; what other devices
+        have of that has no gradient.
     """
-    if queries.device.type != "cpu":
+    if queries.device.type == "cuda":
         return torch.cdist(queries, table, p=1)
-    return _SumOfDifferences.apply(queries, table)
+    if queries.device.type == "cpu":
+        return _SumOfDifferences.apply(queries, table)
+    return chunked(plain_sums, [queries], [table], table.numel())
+
+
+def plain_sums(queries: Tensor, table: Tensor) -> Tensor:
+    """:func:`sum_of_differences` by a broadcast."""
+    return (queries.unsqueeze(1) - table).abs().sum(-1)
 
 
 class _SumOfDifferences(Function):

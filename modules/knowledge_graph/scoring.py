@@ -155,7 +155,7 @@ class TransE(WholeTables):
     def distances_of_pairs(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """See the base class."""
         wanted = tails.unsqueeze(1) - relations
-        if wanted.device.type != "cpu":  # one launch instead of one for each row
+        if wanted.device.type == "cuda":  # one launch instead of one for each row
             return torch.cdist(wanted, heads, p=1)
         rows = zip(wanted, heads, strict=True)
         return torch.stack([sum_of_differences(*row) for row in rows])

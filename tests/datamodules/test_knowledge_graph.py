@@ -270,10 +270,10 @@ def test_queries_of_a_file(root, tmp_path):
         known = {t for h, r, t in everything if (h, r) == (head, relation)}
         assert {entity for at, entity in batch.known.T.tolist() if at == row} == known
     assert data.query_names(batch.index) == [
-        {"head": "e03", "relation": "r1", "tail": "", "side": "tail"},
-        {"head": "", "relation": "r2", "tail": "e05", "side": "head"},
-        {"head": "", "relation": "r2", "tail": "e05", "side": "head"},
-        {"head": "e03", "relation": "r1", "tail": "", "side": "tail"},
+        {"head": "e03", "relation": "r1", "tail": "", "side": "tail", "row": 1},
+        {"head": "", "relation": "r2", "tail": "e05", "side": "head", "row": 2},
+        {"head": "", "relation": "r2", "tail": "e05", "side": "head", "row": 3},
+        {"head": "e03", "relation": "r1", "tail": "", "side": "tail", "row": 4},
     ]
 
 

@@ -223,6 +223,7 @@ def test_completions_are_the_best_answers_by_name_and_explained(work, finished, 
         side = "tail" if query[0] else "head"
         assert answers["rank"].tolist() == list(range(1, TOP + 1))
         assert set(answers["answer"]) == {side}
+        assert set(answers["row"]) == {number + 1}
         assert all(answers[key].eq(value).all() for key, value in zip(COLUMNS, query, strict=True) if key != side)
         found = [plain.names.index(name) for name in answers[side]]
         np.testing.assert_allclose(answers["score"], scores[found], atol=1e-4)
@@ -242,7 +243,7 @@ def test_completions_of_the_test_triples_have_their_answer_as_known(work, finish
     options += ["--callbacks.completions.explanations", "false", "--callbacks.completions.format", "parquet"]
     run(work, "predict", "--ckpt_path", str(finished / "checkpoints/last.ckpt"), *options, *CSV, *QUIET, app="ankge")
     table = pd.read_parquet(work / "runs/ankge/elsewhere/predict/predictions.parquet")
-    assert "analogous_entity" not in table
+    assert not {"analogous_entity", "row"} & set(table)
     triples = plain.data.splits["test"]
     assert table["query"].nunique() == 2 * len(triples)
     every = {(plain.names[h], plain.kinds[r], plain.names[t]) for h, r, t in plain.every}

@@ -193,6 +193,28 @@ def test_l1_distances_in_blocks_of_any_size(cache, monkeypatch):
         assert torch.allclose(own, other, atol=1e-6)
 
 
+def test_l1_distances_on_other_devices_need_no_operator_of_theirs(monkeypatch):
+    """Tensors without memory stand for such a device; the form is compared on this one."""
+    monkeypatch.setattr(torch, "cdist", None)
+    queries, table = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (7, 11))
+    found = row_chunks.sum_of_differences(*(part.detach().to("meta").requires_grad_() for part in (queries, table)))
+    assert found.shape == (7, 11)
+    found.sum().backward()
+    parts = (torch.zeros(2, *sizes, 3, device="meta") for sizes in ((4,), (5,), ()))
+    assert scoring("TransE", 3).distances_of_pairs(*parts).shape == (2, 5, 4)
+    expected = torch.stack([(row - table).abs().sum(-1) for row in queries])
+    assert torch.allclose(row_chunks.plain_sums(queries, table), expected)
+    own = row_chunks.chunked(row_chunks.plain_sums, [queries], [table], row_chunks.CACHE // 2)
+    cotangent = torch.randn(7, 11, dtype=torch.float64)
+    other = row_chunks.sum_of_differences(queries, table)
+    for first, second in zip(
+        torch.autograd.grad(own, [queries, table], cotangent),
+        torch.autograd.grad(other, [queries, table], cotangent),
+        strict=True,
+    ):
+        assert torch.allclose(first, second)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_tail_distances_join_blocks_of_the_table(name, monkeypatch):
     found = tables(name, entities=9, dtype=torch.float64)
