@@ -1,6 +1,9 @@
 """Looks up the analogical objects of all training triples before AnKGE trains, once for a base model and settings."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,18 @@ from tqdm.auto import tqdm
 from callbacks.atomic_files import atomic_write
 
 FOLDER, CHECKPOINTS = "analogies", "checkpoints"
+BLOCKS, SMALLEST, LARGEST = 32, 256, 8192  # blocks of triples that are looked up in turn, and triples of one
+SECONDS_BETWEEN_FILES = 30.0
+PATIENCE = timedelta(days=30)
 
 
 class AnalogyRetriever(Callback):
     """Fills ``module.neighbours``, from a file where they were looked up before.
 
     The name of the file is a hash of the base's weights and score function, the triples and the settings, so another
-    base model never gets these. Ranks share the triples.
+    base model never gets these. Ranks share the triples. What a look-up that was killed had done until half a minute
+    before is in files beside that one (``<hash>-<block>.part``), and the next one goes on from there, with any number
+    of ranks.
 
     The module has ``tables`` (frozen embeddings), ``settings`` (:class:`modules.ankge.RetrievalSettings`) and
     ``set_neighbours``; the datamodule has ``train_triples`` (T, 3), rows in the order that batches name in ``index``.
@@ -54,9 +62,11 @@ class AnalogyRetriever(Callback):
         if _all_ranks_have(found):
             rank_zero_info(f"AnKGE: analogical objects were looked up before: {path}")
         else:
-            found = self._look_up(trainer, pl_module, triples, settings)
+            parts = _Parts(path)
+            found = self._look_up(trainer, pl_module, triples, settings, parts)
             if path is not None and trainer.is_global_zero:
                 _save(path, found)
+                parts.remove()
         pl_module.set_neighbours(Neighbours(*found))
 
     def _clipped(self, module: LightningModule) -> Any:
@@ -78,26 +88,143 @@ class AnalogyRetriever(Callback):
             run = run.parent
         return Path(self.cache or run / FOLDER) / f"{name}.pt"
 
-    def _look_up(self, trainer: Trainer, module: LightningModule, triples: torch.Tensor, settings: Any) -> Any:
-        from modules.ankge.retriever import Neighbours, retrieve
+    def _look_up(
+        self, trainer: Trainer, module: LightningModule, triples: torch.Tensor, settings: Any, parts: "_Parts"
+    ) -> Any:
+        from modules.ankge.retriever import Neighbours
 
-        begin, world = time.perf_counter(), trainer.world_size
+        begin, rank = time.perf_counter(), trainer.global_rank
         # Triples of one (relation, tail) stay together, whose list of heads is then made only once.
         order = torch.from_numpy(_by_relation_and_tail(triples.numpy()))
-        share = order.tensor_split(world)[trainer.global_rank]
-        bar = tqdm(total=len(share), desc="analogical objects", disable=not (self.progress and trainer.is_global_zero))
-        with bar:
-            own = retrieve(module.tables, triples[share].to(module.device), settings, bar.update)
-        own = Neighbours(*(part.cpu() for part in own))
-        if world > 1:
-            parts: list[Any] = [None] * world
-            dist.all_gather_object(parts, tuple(own))
-            own = Neighbours(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        # The same blocks on any number of ranks, so that parts fit and each triple has the same result to the last bit.
+        blocks = order.split(min(max(len(order) // BLOCKS, SMALLEST), LARGEST))
+        with _patient_group(trainer.world_size) as group:
+            own = parts.load([len(block) for block in blocks])
+            there = _from_all(set(own), group)
+            own = {block: found for block, found in own.items() if not any(block in some for some in there[:rank])}
+            missing = np.setdiff1d(np.arange(len(blocks)), list(set().union(*there)))
+            if len(missing) < len(blocks):
+                rank_zero_info(f"AnKGE: {len(blocks) - len(missing)} of {len(blocks)} blocks were looked up before")
+            mine = np.array_split(missing, trainer.world_size)[rank].tolist()
+            shares = {block: triples[blocks[block]] for block in mine}
+            own |= self._look_up_blocks(trainer, module, shares, settings, parts)
+            every = {
+                block: Neighbours(*found)
+                for some in _from_all({block: tuple(found) for block, found in own.items()}, group)
+                for block, found in some.items()
+            }
+        whole = Neighbours(
+            *(torch.cat(columns) for columns in zip(*(every[block] for block in range(len(blocks))), strict=True))
+        )
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order))
         seconds = time.perf_counter() - begin
         rank_zero_info(f"AnKGE: looked up the analogical objects of {len(triples)} triples in {seconds:.1f} s")
-        return own.rows(inverse)
+        return whole.rows(inverse)
+
+    def _look_up_blocks(
+        self, trainer: Trainer, module: LightningModule, shares: dict[int, torch.Tensor], settings: Any, parts: "_Parts"
+    ) -> dict[int, Any]:
+        from modules.ankge.retriever import Neighbours, retrieve
+
+        found, total = {}, sum(map(len, shares.values()))
+        bar = tqdm(total=total, desc="analogical objects", disable=not (self.progress and trainer.is_global_zero))
+        with bar, parts.kept_at_the_latest_when_interrupted():
+            for block, share in shares.items():
+                own = retrieve(module.tables, share.to(module.device), settings, bar.update)
+                found[block] = Neighbours(*(part.cpu() for part in own))
+                parts.add(block, found[block])
+        return found
+
+
+class _Parts:
+    """Files of finished blocks beside the file of all, so that a look-up that is cut off is not lost.
+
+    Args:
+        path: the file of all; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {}
+        self._last = time.monotonic()
+
+    def load(self, sizes: Sequence[int]) -> dict[int, Any]:
+        """Blocks in the files, as far as they have the sizes of all blocks."""
+        from modules.ankge.retriever import Neighbours
+
+        found: dict[int, Any] = {}
+        for path in self._files():
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                blocks = {block: Neighbours(**fields) for block, fields in content.items()}
+            except Exception as error:
+                rank_zero_warn(f"AnKGE: {path} cannot be read and is made anew: {error}")
+                continue
+            found |= {
+                block: own
+                for block, own in blocks.items()
+                if block < len(sizes) and all(len(part) == sizes[block] for part in own)
+            }
+        return found
+
+    def add(self, block: int, found: Any) -> None:
+        """Take a block, and write those that wait once the last file is old enough."""
+        self._waiting[block] = dict(found._asdict())
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_FILES:
+            self._write()
+
+    @contextmanager
+    def kept_at_the_latest_when_interrupted(self) -> Iterator[None]:
+        """Write what waits when the body is interrupted."""
+        try:
+            yield
+        except BaseException:
+            self._write()
+            raise
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for path in self._files():
+            with suppress(OSError):
+                path.unlink()
+
+    def _files(self) -> list[Path]:
+        return [] if self.path is None else sorted(self.path.parent.glob(f"{self.path.stem}-*.part"))
+
+    def _write(self) -> None:
+        if self.path is None or not self._waiting:
+            return
+        path = self.path.with_name(f"{self.path.stem}-{min(self._waiting)}.part")
+        try:
+            with atomic_write(path) as file:
+                torch.save(self._waiting, file)
+        except OSError as error:
+            rank_zero_warn(f"AnKGE: a part of the look-up cannot be kept: {error}")
+            self.path = None  # told once
+        self._waiting, self._last = {}, time.monotonic()
+
+
+@contextmanager
+def _patient_group(world_size: int) -> Iterator[Any]:
+    """Processes that wait for each other as long as a look-up takes, which is more than the half hour of others."""
+    if world_size == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _from_all(value: Any, group: Any) -> list[Any]:
+    """The value of each rank."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
 
 
 def _by_relation_and_tail(triples: np.ndarray) -> np.ndarray:

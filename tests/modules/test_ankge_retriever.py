@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks import AnalogyRetriever
+from callbacks import AnalogyRetriever, analogy_retriever
 from datamodules.triple_index import WithReverses
 from modules.ankge import AnalogicalEmbedding, Neighbours, RetrievalSettings, fingerprint, retrieve, retriever
 from modules.knowledge_graph import row_chunks
@@ -297,6 +297,81 @@ def test_no_file_is_kept_where_none_is_wanted(tmp_path, work):
     first, second = (look_up(module(), tmp_path, cache=False) for _ in range(2))
     assert same(first, second)
     assert len(work) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """Blocks of three triples, and a look-up that ends in the third of them; returns how to let it go on."""
+    monkeypatch.setattr(analogy_retriever, "SMALLEST", 3)
+    calls = []
+
+    def retrieve_two(found, triples, *args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(triples))
+        return retrieve(found, triples, *args)
+
+    def begin(folder, **options):
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(retriever, "retrieve", retrieve_two)
+            with pytest.raises(KeyboardInterrupt):
+                look_up(module(), folder, **options)
+
+    return begin
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["files on the way", "a file at the end"])
+def test_a_look_up_that_was_cut_off_goes_on(tmp_path, monkeypatch, work, cut_off, seconds):
+    expected = look_up(module(), tmp_path / "other")
+    del work[:]
+    monkeypatch.setattr(analogy_retriever, "SECONDS_BETWEEN_FILES", seconds)
+    cut_off(tmp_path)
+    files = sorted(path.name for path in (tmp_path / "analogies").iterdir())
+    assert [name.partition("-")[2] for name in files] == (["0.part", "1.part"] if seconds == 0 else ["0.part"])
+    found = look_up(module(), tmp_path)
+    assert work == [3, 1], "of ten triples the first six were there"
+    assert all(map(torch.allclose, found, expected))
+    assert [path.suffix for path in (tmp_path / "analogies").iterdir()] == [".pt"]
+    work.clear()
+    assert same(look_up(module(), tmp_path), found)
+    assert not work
+
+
+def test_a_part_is_written_before_the_next_block_begins(tmp_path, monkeypatch, cut_off):
+    """So that it is there even if the process is killed."""
+    monkeypatch.setattr(analogy_retriever, "SECONDS_BETWEEN_FILES", 0.0)
+    monkeypatch.setattr(analogy_retriever._Parts, "kept_at_the_latest_when_interrupted", lambda self: nullcontext())
+    cut_off(tmp_path)
+    assert len(list((tmp_path / "analogies").glob("*.part"))) == 2
+
+
+def test_parts_of_another_base_or_of_no_use_are_left_alone(tmp_path, work, cut_off):
+    cut_off(tmp_path)
+    (part,) = (tmp_path / "analogies").iterdir()
+    own = module(seed=1)
+    check(look_up(own, tmp_path), by_brute_force(own.tables, TRIPLES, own.settings))
+    assert work == [3, 3, 3, 1]
+    assert part.exists()
+    part.write_bytes(part.read_bytes()[:100])
+    own = module()
+    with pytest.warns(UserWarning, match=r"-0\.part cannot be read and is made anew"):
+        check(look_up(own, tmp_path), by_brute_force(own.tables, TRIPLES, own.settings))
+    assert work == [3, 3, 3, 1] * 2
+    assert not part.exists()
+
+
+def test_parts_of_other_blocks_are_not_used(tmp_path, monkeypatch, work, cut_off):
+    cut_off(tmp_path)
+    monkeypatch.setattr(analogy_retriever, "SMALLEST", 4)
+    own = module()
+    check(look_up(own, tmp_path), by_brute_force(own.tables, TRIPLES, own.settings))
+    assert work == [4, 4, 2]
+
+
+def test_without_files_nothing_is_kept_of_a_look_up_that_is_cut_off(tmp_path, cut_off):
+    cut_off(tmp_path, cache=False)
     assert not list(tmp_path.iterdir())
 
 

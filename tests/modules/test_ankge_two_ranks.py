@@ -1,15 +1,19 @@
 """Embeddings and AnKGE on two gloo ranks: the steps, metrics and analogical objects of one process."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from callbacks import AnalogyRetriever, FrozenParameters
-from modules.ankge import AnalogicalEmbedding
+from callbacks import AnalogyRetriever, FrozenParameters, analogy_retriever
+from modules.ankge import AnalogicalEmbedding, retriever
 from modules.knowledge_graph import KnowledgeGraphEmbedding
 from tests.distributed import run_ranks
 from tests.modules import small_graph
-from tests.modules.small_graph import ENTITIES, RELATIONS, graph, scoring
+from tests.modules.small_graph import ENTITIES, RELATIONS, graph, scoring, with_reverses
 from tests.modules.test_kg_module import Batch
 from tests.modules.toy_images import quiet_trainer
 
@@ -97,7 +101,31 @@ def evaluated(module, folder, **options):
     return found
 
 
-def on_a_rank(rank, folder, cached):
+def looked_up_in_parts(folder, cached):
+    """What a look-up does where an earlier one was cut off, how long its ranks wait for each other, and its result."""
+    original, done, patience = retriever.retrieve, [], []
+    gather = dist.all_gather_object
+
+    def spy(tables, triples, *args):
+        done.append(len(triples))
+        return original(tables, triples, *args)
+
+    def timed(values, value, group=None):
+        patience.append((group or dist.group.WORLD)._get_backend(torch.device("cpu")).options._timeout)
+        gather(values, value, group)
+
+    analogy_retriever.SMALLEST, retriever.retrieve, dist.all_gather_object = 16, spy, timed
+    try:
+        module = analogies("HAKE")
+        callback = AnalogyRetriever(cache=cached, progress=False)
+        trainer = quiet_trainer(callbacks=[callback], limit_val_batches=0, limit_train_batches=1, **TWO_RANKS)
+        trainer.fit(module, datamodule=graph(folder, objective="analogies"))
+    finally:
+        analogy_retriever.SMALLEST, retriever.retrieve, dist.all_gather_object = 256, original, gather
+    return done, patience, tuple(module.neighbours)
+
+
+def on_a_rank(rank, folder, cached, cut_off):
     found = {
         "base": {name: trained_base(folder, name, **TWO_RANKS) for name in NAMES},
         "analogies": {name: trained_analogies(folder, name, **TWO_RANKS) for name in NAMES},
@@ -112,18 +140,42 @@ def on_a_rank(rank, folder, cached):
         trainer = quiet_trainer(callbacks=[callback], limit_val_batches=0, limit_train_batches=1, **TWO_RANKS)
         trainer.fit(module, datamodule=graph(folder, objective="analogies"))
         files.append(tuple(module.neighbours))
-    return found | {"cached": files}
+    return found | {"cached": files, "parts": looked_up_in_parts(folder, cut_off)}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     work = tmp_path_factory.mktemp("two ranks")
-    return str(small_graph.write_graph(work / "graph")), str(work / "kept")
+    return str(small_graph.write_graph(work / "graph")), str(work / "kept"), str(work / "cut off")
 
 
 @pytest.fixture(scope="module")
 def ranks(folders):
+    with pytest.MonkeyPatch.context() as patched:
+        cut_off_in_the_third_block(patched, folders[0], folders[2])
     return run_ranks(on_a_rank, 2, *folders)
+
+
+def cut_off_in_the_third_block(patched, folder, cached):
+    original, calls = retriever.retrieve, []
+
+    def two(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    patched.setattr(retriever, "retrieve", two)
+    patched.setattr(analogy_retriever, "SMALLEST", 16)
+    trainer = SimpleNamespace(
+        datamodule=graph(folder, objective="analogies"),
+        world_size=1,
+        global_rank=0,
+        is_global_zero=True,
+        default_root_dir=cached,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        AnalogyRetriever(cache=cached, progress=False).on_fit_start(trainer, analogies("HAKE"))
 
 
 def same(found, expected):
@@ -174,6 +226,21 @@ def test_metrics_of_the_same_weights_are_those_of_one_process(ranks, folders, ki
     assert expected["test/count"] == 2 * len(small_graph.triples()["test"])
     for found in ranks:
         assert found[kind] == pytest.approx(expected, abs=1e-7, nan_ok=True)
+
+
+def test_two_ranks_go_on_with_what_one_had_looked_up_and_wait_for_each_other(ranks, folders):
+    """Of 168 triples in blocks of 16 the first two are there; the other nine are shared."""
+    assert len(with_reverses("train")) == 168
+    assert [found["parts"][0] for found in ranks] == [[16] * 5, [16, 16, 16, 8]]
+    module = analogies("HAKE")
+    module_data = graph(folders[0], objective="analogies")
+    expected = retriever.retrieve(module.tables, torch.as_tensor(module_data.train_triples), module.settings)
+    for _, patience, neighbours in (found["parts"] for found in ranks):
+        assert [wait.days for wait in patience] == [0, 30, 30], "the first asks whether there is a file"
+        for own, other in zip(neighbours, expected, strict=True):
+            assert torch.equal(own, other) if own.dtype == torch.int64 else torch.allclose(own, other)
+    (file,) = Path(folders[2]).iterdir()
+    assert file.suffix == ".pt"
 
 
 def test_one_file_keeps_the_analogical_objects_of_both_ranks(ranks, folders, tmp_path):
