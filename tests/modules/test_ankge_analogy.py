@@ -154,7 +154,7 @@ def test_losses_of_the_levels(similarity, strength):
         ]
         for i in range(ROWS)
     ]
-    assert torch.allclose(found, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("similarity", "rises"), [("norm", True), ("cos", True), ("cos_official", False)])
@@ -220,4 +220,4 @@ def test_analogies_take_the_widths_of_each_model(name):
     for row, tail in enumerate((4, 0)):
         vectors = own_heads[row], own_relations[row], found.entities[tail]
         expected = small_graph.distance(function, *(vector.tolist() for vector in vectors))
-        assert distances[row].item() == pytest.approx(expected, rel=1e-4)
+        assert distances[row].item() == pytest.approx(expected, rel=1e-5)

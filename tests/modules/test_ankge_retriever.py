@@ -69,7 +69,7 @@ def check(neighbours, expected):
     for found, wanted in zip(told(neighbours), expected, strict=True):
         for own, other in zip(found, wanted, strict=True):
             assert [name for name, _ in own] == [name for name, _ in other]
-            assert [d for _, d in own] == pytest.approx([d for _, d in other], rel=1e-4, abs=1e-5)
+            assert [d for _, d in own] == pytest.approx([d for _, d in other], rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -127,7 +127,7 @@ def test_of_equal_objects_any_may_be_kept_but_none_twice(name):
     for (h, r, t), row, wanted in zip(TRIPLES.tolist(), told(neighbours), expected, strict=True):
         for own, other in zip(row, wanted, strict=True):
             assert len({key for key, _ in own}) == len(own)
-            assert [d for _, d in own] == pytest.approx([d for _, d in other], rel=1e-4, abs=1e-5)
+            assert [d for _, d in own] == pytest.approx([d for _, d in other], rel=1e-5, abs=1e-5)
         heads, kinds, pairs = row
         assert t not in {head for head, _ in heads} | {head for (head, _), _ in pairs}
         for head, kind, d in (
@@ -135,7 +135,7 @@ def test_of_equal_objects_any_may_be_kept_but_none_twice(name):
             *((h, kind, d) for kind, d in kinds),
             *((*pair, d) for pair, d in pairs),
         ):
-            assert d == pytest.approx(distances[head, kind, t], rel=1e-4, abs=1e-5)
+            assert d == pytest.approx(distances[head, kind, t], rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("exclude", [False, True])

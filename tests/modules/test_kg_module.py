@@ -310,7 +310,7 @@ def check_answers(module, found, queries, top_k):
         h, r, _ = queries[place]
         order = sorted(range(ENTITIES), key=lambda entity: distances[h, r, entity])[:top_k]
         assert found["entities"][row].tolist() == order
-        assert found["scores"][row].tolist() == pytest.approx([-distances[h, r, e] for e in order], rel=1e-4, abs=1e-5)
+        assert found["scores"][row].tolist() == pytest.approx([-distances[h, r, e] for e in order], rel=1e-5, abs=1e-5)
         assert found["known"][row].tolist() == [e in known.get((h, r), ()) for e in order]
 
 
