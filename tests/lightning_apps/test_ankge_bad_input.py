@@ -239,12 +239,12 @@ def larger(tmp_path) -> Path:
 
 
 def test_the_base_of_another_graph(complains, renamed, larger):
-    given = ["--model.base", CHECKPOINT, "--run.name", "wrong"]
+    given = ["--model.base", CHECKPOINT, "--run.name", "of_another_graph"]
     message = complains("fit", *ANALOGIES, *GRAPH, str(renamed), *given)
     assert message.startswith(f"base {CHECKPOINT}: was trained on a graph whose entities or relations have other names")
     message = complains("fit", *ANALOGIES, *GRAPH, str(larger), *given)
     assert f"base {CHECKPOINT}: num_entities is {ENTITIES}, but the data has {ENTITIES + 1}" in message
-    assert not Path("runs/ankge/wrong").exists(), "what could not begin leaves nothing behind"
+    assert not Path("runs/ankge/of_another_graph").exists(), "what could not begin leaves nothing behind"
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict", "export", "fit"])
