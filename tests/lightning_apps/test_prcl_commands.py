@@ -55,7 +55,7 @@ def test_a_checkpoint_holds_plain_values_and_both_networks(finished):
         assert content["lightning_apps"]["app"] == "prcl"
         parts = {key.split(".")[0] for key in content["state_dict"]}
         assert {"student", "teacher", "heads"} <= parts
-        assert set(content["callbacks"]["MetricHistory"]["values"]) == {"variance", "precision"}
+        assert set(content["callbacks"]["MetricHistory"]["values"]) == {"anchors", "precision", "variance"}
 
 
 def test_the_offline_dashboard_has_pictures_tables_curves_and_histories(finished):
@@ -74,7 +74,7 @@ def test_the_offline_dashboard_has_pictures_tables_curves_and_histories(finished
     written = rows(sorted((finished / "media/val/classes").glob("*.csv"))[-1])
     assert [float(row["iou"]) for row in written] == ious
     assert np.mean(ious) == pytest.approx(last_of["val/miou_teacher"], abs=1e-4)
-    for prefix in ("variance", "precision"):
+    for prefix in ("anchors", "precision", "variance"):
         curves = {name: [row[f"{prefix}/{name}"] for row in logged if f"{prefix}/{name}" in row] for name in names}
         assert {len(curve) for curve in curves.values()} == {2}, "one value in each epoch"
         numbers = rows(sorted((finished / f"media/history/{prefix}_values").glob("*.csv"))[-1])
