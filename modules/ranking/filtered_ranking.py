@@ -115,13 +115,15 @@ class FilteredRanking(Metric):
         ranks = ranks.reshape(self.copies or 1, -1)
         doubled = _doubled(ranks)[..., None]
         member = self._membership(groups, ranks.shape[1], ranks.device)
-        self.count += member.sum(0)
-        self.doubled_ranks += (doubled * member).sum(1)
-        self.reciprocals += ((2 * UNIT + doubled // 2) // doubled * member).sum(1)
+        # Not in place: after `validate` the sums are inference tensors, which `fit` may not change.
+        self.count = self.count + member.sum(0)
+        self.doubled_ranks = self.doubled_ranks + (doubled * member).sum(1)
+        self.reciprocals = self.reciprocals + ((2 * UNIT + doubled // 2) // doubled * member).sum(1)
         within = doubled <= 2 * torch.tensor(self.ks, dtype=torch.int64, device=ranks.device)
-        self.hits += (within[:, :, None] & member[:, :, None]).sum(1)
+        self.hits = self.hits + (within[:, :, None] & member[:, :, None]).sum(1)
         edges = 2 ** torch.arange(1, LAST_POWER + 1, device=ranks.device)  # twice the last rank of all bins but one
-        self.bins += torch.nn.functional.one_hot(torch.bucketize(doubled[..., 0], edges), len(RANK_BINS)).sum(1)
+        bins = torch.nn.functional.one_hot(torch.bucketize(doubled[..., 0], edges), len(RANK_BINS))
+        self.bins = self.bins + bins.sum(1)
 
     def _membership(self, groups: Tensor | None, queries: int, device: torch.device) -> Tensor:
         """(B, 1 + number of groups) bool; every query is in the first."""
