@@ -23,8 +23,9 @@ class RankReport(Callback):
     relation and side) and, where the module also gives the ranks of a base model, ``<stage>/improved``: the triples
     whose rank rose most, before and after, with the analogical objects that the module names for them.
 
-    The steps of the module return ``index`` and ``relations`` (B,), ``rank_method`` (B,) and possibly ``rank_base``;
-    ``explain(heads, relations, tails)`` of the module may return ids by name. The datamodule has
+    The steps of the module return ``index`` and ``relations`` (B,), ``rank_method`` (B,) and possibly ``rank_base``, or
+    (B, G) ranks of G ways that were tried out, of which ``pick(name, ranks)`` of the module takes (G, n) and returns
+    those (n,) of the way that it chose; ``explain(heads, relations, tails)`` may return ids by name. The datamodule has
     ``queries(stage).triples`` (n, 3), ``entity_names`` and ``relation_names``.
 
     Args:
@@ -61,13 +62,13 @@ class RankReport(Callback):
         """Take the ranks of a batch."""
         self._take(outputs)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, if it is time."""
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report, if it is time: here, as the module makes its choices at the end of the epoch, after callbacks."""
         if not trainer.sanity_checking and is_due(trainer, self.every_n_epochs):
             self._report(trainer, pl_module, "val")
         self._outputs.clear()
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report."""
         self._report(trainer, pl_module, "test")
         self._outputs.clear()
@@ -82,6 +83,9 @@ class RankReport(Callback):
         media = Media(trainer)
         if not gathered or not media.active:
             return
+        for key in (METHOD, BEFORE):
+            if key in gathered and gathered[key].ndim > 1:
+                gathered[key] = module.pick(key.removeprefix("rank_"), gathered[key].T)
         counts = rank_histogram(gathered[METHOD].numpy())
         media.bar(f"{stage}/ranks", list(RANK_BINS[: len(counts)]), counts, title="Ranks of the targets")
         names = trainer.datamodule.relation_names

@@ -211,6 +211,11 @@ class KnowledgeGraph(RepeatableLoaders):
         if options.layout not in get_args(Layout):
             raise ValueError(f"layout '{options.layout}' is unknown; expected one of {', '.join(get_args(Layout))}")
 
+        if options.root is not None and options.layout == "world":
+            raise ValueError(
+                f"root is '{options.root}', but layout 'world' is made from a package; set --data.layout tsv to read "
+                "train.txt, valid.txt and test.txt there, or pyg for a folder of PyTorch Geometric"
+            )
         if options.memory_map and options.layout == "world":
             raise ValueError("memory_map is for graphs in files; set it to false, or layout to tsv or pyg")
 
@@ -255,6 +260,12 @@ class KnowledgeGraph(RepeatableLoaders):
         """SHA-256 over the names of entities and relations in their order: whether two models number them alike."""
         text = "\n".join([*self.entity_names, "", *self.relation_names])
         return sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def train_hash(self) -> str:
+        """SHA-256 over the training triples in any order: whether a model has seen what is held out here."""
+        keys = row_keys(self.graph.parts["train"], self.num_entities, self.num_relations)
+        return sha256(np.sort(keys).tobytes()).hexdigest()
 
     # What is known of the triples
 
@@ -479,7 +490,8 @@ class KnowledgeGraph(RepeatableLoaders):
         for row, (head, relation, tail) in enumerate(table[list(COLUMNS)].itertuples(index=False)):
             if bool(head) == bool(tail):
                 raise ValueError(
-                    f"{path}, {row_name(row)}: head '{head}' and tail '{tail}'; exactly one of the two has to be empty"
+                    f"{path}, {row_name(row, path)}: head '{head}' and tail '{tail}'; exactly one of the two has to be "
+                    "empty"
                 )
             given, reverse = ("head", 0) if head else ("tail", self.num_relations)
             queries[row, 0] = _look_up(head or tail, given, entities, path, row)
@@ -489,10 +501,16 @@ class KnowledgeGraph(RepeatableLoaders):
 
 
 def _look_up(name: str, column: str, numbers: dict[str, int], path: Path, row: int) -> int:
+    """Number of a name, also where blanks around it differ, which tables of other programs add or lose."""
     if name in numbers:
         return numbers[name]
+    alike = [number for other, number in numbers.items() if other.strip() == name.strip()]
+    if len(alike) == 1:
+        return alike[0]
     close = ", ".join(f"'{other}'" for other in get_close_matches(name, numbers, n=SHOWN, cutoff=0))
-    raise ValueError(f"{path}, {row_name(row)}: {column} '{name}' is not in the graph; the nearest names are {close}")
+    raise ValueError(
+        f"{path}, {row_name(row, path)}: {column} '{name}' is not in the graph; the nearest names are {close}"
+    )
 
 
 def _pairs(gathered: Gathered) -> tuple[Tensor, Tensor]:

@@ -150,8 +150,8 @@ APP = App(
         "completions": CompletionWriter,
     },
     writers={"completions": KnowledgeGraph},
-    facts=("num_entities", "num_relations", "graph_hash"),
-    identity=("graph_hash",),
+    facts=("num_entities", "num_relations", "graph_hash", "train_hash"),
+    identity=("graph_hash", "train_hash"),
     before=train_base,
     export_reads_data=True,
 )

@@ -143,7 +143,9 @@ class FolderReader:
         if parts.isna().any():
             row = int(np.argmax(parts.isna()))
             value = table["split"].iloc[row]
-            raise ValueError(f"{path}: column 'split' has '{value}', expected train, val or test ({row_name(row)})")
+            raise ValueError(
+                f"{path}: column 'split' has '{value}', expected train, val or test ({row_name(row, path)})"
+            )
         files = [self.root / name for name in table["path"]]
         missing = [str(file) for file in files if not file.is_file()]
         if missing:

@@ -56,8 +56,8 @@ class Isic2019Reader:
         unknown = [column for column in table.columns if column not in ("image", *CLASSES)]
         if unknown:
             raise ValueError(
-                f"{path}: unknown column(s) {', '.join(unknown)} (in {row_name(0)}, image {table['image'].iloc[0]}: "
-                f"{', '.join(table[unknown].iloc[0])}); expected image, {', '.join(CLASSES)}"
+                f"{path}: unknown column(s) {', '.join(unknown)} (in {row_name(0, path)}, image "
+                f"{table['image'].iloc[0]}: {', '.join(table[unknown].iloc[0])}); expected image, {', '.join(CLASSES)}"
             )
         check_unique(table["image"], path)
         one_hot = _one_hot(table, path)
@@ -115,7 +115,7 @@ def _one_hot(table: "DataFrame", path: Path) -> np.ndarray:
         row = int(np.argmax(bad))
         shown = ", ".join(f"{name}={table[name].iloc[row]}" for name in CLASSES)
         raise ValueError(
-            f"{path}: {row_name(row)}, image {table['image'].iloc[row]}: expected exactly one 1 and otherwise 0, "
+            f"{path}: {row_name(row, path)}, image {table['image'].iloc[row]}: expected exactly one 1 and otherwise 0, "
             f"found {shown} ({int(bad.sum())} such row(s))"
         )
     return values.to_numpy(dtype=bool)

@@ -86,7 +86,7 @@ def class_index(column: "Series", classes: int, path: Path, allow_empty: bool = 
         shown = f"'{value}'" if value else "an empty field"
         raise ValueError(
             f"{path}: column '{column.name}' has {shown}, expected a whole number 0..{classes - 1} "
-            f"({row_name(bad[0])}{_and_more(bad)})"
+            f"({row_name(bad[0], path)}{_and_more(bad)})"
         )
     return labels.to_numpy(dtype=np.int64)
 
@@ -102,14 +102,23 @@ def check_unique(column: "Series", path: Path) -> None:
         name = column.iloc[repeated[0]]
         first = int(np.argmax(column == name))
         raise ValueError(
-            f"{path}: {column.name} '{name}' occurs twice ({row_name(first)} and {row_name(repeated[0])}); "
+            f"{path}: {column.name} '{name}' occurs twice ({row_name(first, path)} and {row_name(repeated[0], path)}); "
             "remove one of the rows"
         )
 
 
-def row_name(position: int) -> str:
-    """Name a row the way a reader finds it: counted from 1, and the line of the file."""
-    return f"row {position + 1}, line {position + 2}"
+def row_name(position: int, path: Path) -> str:
+    """Name a row of a table the way a reader finds it: counted from 1, and the line of the file where it begins."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines, end = csv.reader(file, skipinitialspace=True), 0
+        begins = []
+        for fields in lines:
+            if len(fields) > 1 or any(map(str.strip, fields)):  # pandas passes over blank lines
+                begins.append(end + 1)
+            end = lines.line_num
+            if len(begins) == position + 2:  # the first is the header
+                break
+    return f"row {position + 1}, line {begins[-1]}"
 
 
 def _and_more(bad: np.ndarray) -> str:

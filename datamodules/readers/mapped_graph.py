@@ -60,7 +60,8 @@ class MappedGraph:
         """Open the parsed graph; its training triples are a memory map."""
         self.prepare()
         folder = self._folder()
-        names = {field: (folder / name).read_text(encoding="utf-8").split("\n") for field, name in NAMES.items()}
+        # Not read_text, which takes a carriage return within a name for the end of a line.
+        names = {field: (folder / name).read_bytes().decode().split("\n") for field, name in NAMES.items()}
         parts = {part: np.load(folder / f"{part}.npy", mmap_mode="r" if part == "train" else None) for part in PARTS}
         parts |= {part: triples.astype(np.int64) for part, triples in parts.items() if part != "train"}
         return Graph(parts=parts, **names, **json.loads((folder / "counts.json").read_text()))

@@ -33,6 +33,10 @@ CHOICES = {
     "share_mode": ("triple", "batch_mean"),
     "score_offset": ("none", "margin"),
 }
+HASHES = {
+    "graph_hash": "a graph whose entities or relations have other names or another order",
+    "train_hash": "other training triples, among which there may be some that are held out here",
+}
 PREFIX = "tables."
 EXPLAINED_BY = 20  # entities and relations that a pair is looked for among, to explain an answer
 
@@ -58,6 +62,7 @@ class AnalogicalEmbedding(LinkPredictor):
         num_entities: E.
         num_relations: R, without reverses.
         graph_hash: of the names of entities and relations; must be that of the base.
+        train_hash: of the training triples, likewise.
         entities: N_e, analogical heads of a triple.
         relations: N_r, analogical relations of a triple.
         pairs: N_t, analogical pairs of a triple.
@@ -96,6 +101,7 @@ class AnalogicalEmbedding(LinkPredictor):
         num_entities: int = 0,
         num_relations: int = 0,
         graph_hash: str | None = None,
+        train_hash: str | None = None,
         entities: int = 1,
         relations: int = 1,
         pairs: int = 3,
@@ -183,12 +189,12 @@ class AnalogicalEmbedding(LinkPredictor):
             rank_zero_warn("AnKGE: base is not set, so the embeddings are as this model was given them")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint keeps the weights that were chosen; where none are to be chosen, those that are given count.
+        """A checkpoint keeps the weights that were chosen, unless others are given.
 
         Levels that are left out now have none.
         """
         state, given = checkpoint["state_dict"], {kept: getattr(self, kept) for kept in TRIED.values()}
-        if not self.hparams.level_grid:
+        if self.hparams.level_weights is not None:
             state |= given
             return
         state |= {kept: state[kept] * self.used_levels.to(state[kept]) for kept in given.keys() & state.keys()}
@@ -219,13 +225,10 @@ class AnalogicalEmbedding(LinkPredictor):
         for name in ("num_entities", "num_relations"):
             if options[name] != self.hparams[name]:
                 raise ValueError(f"base {path}: {name} is {options[name]}, but the data has {self.hparams[name]}")
-        if None not in (options["graph_hash"], self.hparams.graph_hash) and options["graph_hash"] != (
-            self.hparams.graph_hash
-        ):
-            raise ValueError(
-                f"base {path}: was trained on a graph whose entities or relations have other names or another order; "
-                "train a base model on this data"
-            )
+        for name, difference in HASHES.items():
+            before, now = options.get(name), self.hparams[name]
+            if None not in (before, now) and before != now:
+                raise ValueError(f"base {path}: was trained on {difference}; train a base model on this data")
         return {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
 
     # ---- training
@@ -245,7 +248,8 @@ class AnalogicalEmbedding(LinkPredictor):
         if self.hparams.share_mode == "batch_mean":
             loss = (losses.mean(0) * shares.mean(0)).sum()
         else:
-            loss = (losses * shares).sum(1).mean()
+            count = self.mean_over_ranks(losses.new_tensor(float(len(losses))))
+            loss = (losses * shares).sum() / count
         if self.hparams.regularization:
             loss = loss + self.hparams.regularization * self.analogies.cubes()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.heads))

@@ -42,9 +42,13 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def tail_distances(self, heads: Tensor, relations: Tensor) -> Tensor:
-        """Distances (B, E) of all entities as tails, from vectors (B, width) of heads and relations."""
+        """Distances (B, E) of all entities as tails, from vectors (B, width) of heads and relations.
+
+        Not in lower precision, which would give many of them the same.
+        """
         blocks = self.entities.split(self.scoring.table_block(heads.device))
-        return torch.cat([self.scoring.distances_to_tails(heads, relations, block) for block in blocks], dim=1)
+        with torch.autocast(heads.device.type, enabled=False):
+            return torch.cat([self.scoring.distances_to_tails(heads, relations, block) for block in blocks], dim=1)
 
     def named_vectors(self) -> Iterator[tuple[str, Tensor]]:
         """Both tables, as a user of the embeddings knows them."""

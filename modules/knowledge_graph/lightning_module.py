@@ -38,6 +38,7 @@ class KnowledgeGraphEmbedding(LinkPredictor):
         num_entities: E.
         num_relations: R, without reverses.
         graph_hash: of the names of entities and relations; another model on these embeddings compares it.
+        train_hash: of the training triples, likewise.
         adversarial_temperature: tau of the weights of negatives.
         lr: of Adam.
         lr_milestones: epochs after which the rate is multiplied by 0.1; None for half the epochs of the run.
@@ -58,6 +59,7 @@ class KnowledgeGraphEmbedding(LinkPredictor):
         num_entities: int = 0,
         num_relations: int = 0,
         graph_hash: str | None = None,
+        train_hash: str | None = None,
         adversarial_temperature: float = 1.0,
         lr: float = 5e-4,
         lr_milestones: list[int] | None = None,
@@ -118,16 +120,10 @@ class KnowledgeGraphEmbedding(LinkPredictor):
             self.hparams.adversarial_temperature,
             batch.excluded,
             batch.weights,
-            self._mean_over_ranks(batch.weights.sum()),
+            self.mean_over_ranks(batch.weights.sum()),
         )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(positive))
         return loss
-
-    def _mean_over_ranks(self, weight: Tensor) -> Tensor:
-        """DDP averages gradients: with the mean of all ranks' sums of weights, that is the loss of the whole batch."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return weight
-        return self.trainer.strategy.reduce(weight.clone(), reduce_op="mean")
 
     @torch.no_grad()
     def candidate_scores(self, batch: Any) -> Tensor:

@@ -12,6 +12,7 @@ from modules.ranking import FilteredRanking, ranks_by_counting
 
 SIDES = ("tail", "head")
 CATEGORIES = ("1-1", "1-N", "N-1", "N-N")
+SIDES_OF_CATEGORIES = tuple(f"{side}/{category}" for side in SIDES for category in CATEGORIES)
 HITS = (1, 3, 10)
 SHOWN = ("mrr", *(f"hits@{k}" for k in HITS))
 
@@ -25,8 +26,9 @@ class LinkPredictor(LightningModule, ABC):
     Queries for heads are queries for tails of reversed relations, so (?, r, t) is (t, r + R, ?).
 
     Metrics: ``<stage>/mrr``, ``/hits@1``, ``/hits@3``, ``/hits@10``, ``/mean_rank``, ``/count``, those of the sides
-    (``<stage>/tail/mrr``) and of kinds of relations (``<stage>/N-1/mrr``), and those of each control
-    (``<stage>/unlinked/mrr``), without those that the batches cannot tell. ``val/main`` is the filtered MRR.
+    (``<stage>/tail/mrr``) and of kinds of relations (``<stage>/N-1/mrr``), in tests also of both
+    (``test/head/N-1/mrr``), and those of each control (``<stage>/unlinked/mrr``), without those that the batches cannot
+    tell. ``val/main`` is the filtered MRR.
 
     Args:
         num_entities: E.
@@ -46,14 +48,17 @@ class LinkPredictor(LightningModule, ABC):
             raise ValueError(f"top_k is {top_k}, expected 1 or more")
         self.ties, self.top_k, self.controls = ties, min(top_k, num_entities), controls
         self.val_rankings = self._new_rankings()
-        self.test_rankings = self._new_rankings()
+        self.test_rankings = self._new_rankings(more_groups=SIDES_OF_CATEGORIES)
 
     def setup(self, stage: str) -> None:
         """See :func:`check_precision`."""
         check_precision(self.trainer.precision)
 
-    def _new_rankings(self, copies: Mapping[str, int] | None = None) -> nn.ModuleDict:
-        copies, groups = copies or {}, {"method": (*SIDES, *CATEGORIES)} | dict.fromkeys(self.controls, ())
+    def _new_rankings(
+        self, copies: Mapping[str, int] | None = None, more_groups: tuple[str, ...] = ()
+    ) -> nn.ModuleDict:
+        copies = copies or {}
+        groups = {"method": (*SIDES, *CATEGORIES, *more_groups)} | dict.fromkeys(self.controls, ())
         return nn.ModuleDict(
             {name: FilteredRanking(HITS, self.ties, group, copies.get(name)) for name, group in groups.items()}
         )
@@ -90,22 +95,33 @@ class LinkPredictor(LightningModule, ABC):
         return {"unlinked": self.filtered_ranks(scores, batch)}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Rank the targets of a batch; returns them with the rows of the queries."""
+        """Rank the targets of a batch.
+
+        Returns:
+            ``index`` and ``relations`` (B,) of the queries, and ``rank_<name>`` (B,) of each ranking, or (B, G) where G
+            ways are tried out, of which :meth:`pick` knows the one that counts once the epoch is over.
+        """
         return self._evaluation_step(batch, self.val_rankings)
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Rank the targets of a batch; returns them with the rows of the queries."""
+        """Rank the targets of a batch; see :meth:`validation_step`."""
         return self._evaluation_step(batch, self.test_rankings)
 
     def _evaluation_step(self, batch: Any, metrics: nn.ModuleDict) -> dict[str, Tensor]:
         ranks = self.rankings(batch)
-        side = (batch.relations >= self.hparams.num_relations).long()
-        sides = torch.nn.functional.one_hot(side, len(SIDES))
-        groups = torch.cat([sides, torch.nn.functional.one_hot(batch.category, len(CATEGORIES))], dim=1).bool()
         for name, metric in metrics.items():  # a control that is left out counts no query
-            metric.update_ranks(ranks.get(name, ranks["method"].new_empty(0)), groups if name == "method" else None)
-        own = {f"rank_{name}": self.pick(name, values) for name, values in ranks.items()}
-        return {"index": batch.index, "relations": batch.relations} | own
+            groups = self._groups(batch)[:, : len(metric.groups)] if name == "method" else None
+            metric.update_ranks(ranks.get(name, ranks["method"].new_empty(0)), groups)
+        return {"index": batch.index, "relations": batch.relations} | {
+            f"rank_{name}": values.movedim(-1, 0) for name, values in ranks.items()
+        }
+
+    def _groups(self, batch: Any) -> Tensor:
+        """(B, groups) whether a query is of each side, of each kind of relation, and of each pair of both."""
+        side = torch.nn.functional.one_hot((batch.relations >= self.hparams.num_relations).long(), len(SIDES))
+        category = torch.nn.functional.one_hot(batch.category, len(CATEGORIES))
+        both = side[:, :, None] * category[:, None]
+        return torch.cat([side, category, both.flatten(1)], dim=1).bool()
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of validation."""
@@ -137,6 +153,12 @@ class LinkPredictor(LightningModule, ABC):
                         f"{prefix}/{key}", value.float(), prog_bar=key == "mrr" and prefix == stage, sync_dist=True
                     )
         return scores["method"]
+
+    def mean_over_ranks(self, weight: Tensor) -> Tensor:
+        """DDP averages gradients: a sum over a batch divided by this mean is part of the loss of the whole batch."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return weight
+        return self.trainer.strategy.reduce(weight.clone(), reduce_op="mean")
 
     def on_scores(self, stage: str, scores: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Called with the scores of each ranking before they are logged, the same on all ranks."""

@@ -126,7 +126,8 @@ def _score_blocks(tables: ShardedEmbeddingTables, queries: _Queries) -> Iterator
         heads, relations = queries.heads[start : start + size], queries.relations[start : start + size]
         scores = heads.new_empty(len(heads), len(tables.entities) + 1)
         for first, part in zip(range(0, len(tables.entities), block), tables.entities.split(block), strict=True):
-            distances = scoring.distances_to_tails(heads, relations, part)
+            with torch.autocast(heads.device.type, enabled=False):  # as EmbeddingTables.tail_distances
+                distances = scoring.distances_to_tails(heads, relations, part)
             torch.neg(distances, out=scores[:, first : first + len(part)])
         yield start, scores
 

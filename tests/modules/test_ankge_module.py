@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from callbacks import AnalogyRetriever, FrozenParameters
 from modules.ankge import LEVELS, AnalogicalEmbedding, RetrievalSettings, retrieve
-from modules.knowledge_graph import KnowledgeGraphEmbedding
+from modules.knowledge_graph import EmbeddingTables, KnowledgeGraphEmbedding
 from tests.modules import small_graph
 from tests.modules.small_graph import BASES, ENTITIES, RELATIONS, base_model, graph, scoring, with_reverses
 from tests.modules.test_ankge_analogy import length, logit, minus_log_sigmoid, weighted_mean
@@ -33,7 +33,8 @@ def bases(folder, tmp_path_factory):
     """A checkpoint of each model after a few epochs."""
     paths = {}
     for name in BASES:
-        module = base_model(name, lr=0.05, graph_hash=graph(folder).graph_hash)
+        data = graph(folder)
+        module = base_model(name, lr=0.05, graph_hash=data.graph_hash, train_hash=data.train_hash)
         trainer = quiet_trainer(max_epochs=5, limit_val_batches=0)
         trainer.fit(module, datamodule=graph(folder, seed=0))
         paths[name] = tmp_path_factory.mktemp(name) / "checkpoints" / "best.ckpt"
@@ -426,13 +427,22 @@ class Rows(Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
         for key in ("rank_method", "rank_identity", "rank_base", "rank_unlinked"):
-            assert outputs[key].shape == batch.index.shape
-            self.ranks.setdefault(key, []).extend(outputs[key].tolist())
+            assert outputs[key].shape[:1] == batch.index.shape
+            self.ranks.setdefault(key, []).append(outputs[key])
+
+    def of(self, module, name):
+        """Those that count, now that the epoch is over."""
+        return module.pick(name, torch.cat(self.ranks[f"rank_{name}"]).T).tolist()
 
 
 def test_chosen_weights_are_kept_in_the_checkpoint(folder, bases, tmp_path):
-    """A test takes them, and the ranks that validation tells of each query are by them from the first batch on."""
+    """A test takes them, and the ranks that validation tells of each query are by those that it has just chosen."""
     module, data = on_base(bases, level_grid=GRID, lr=0.01), analogies(folder)
+    assert not any(module.level_weights), "the first of the grid"
+    first = Rows()
+    quiet_trainer(callbacks=[first]).validate(module, datamodule=data, verbose=False)
+    assert any(module.level_weights)
+    assert first.of(module, "method") == ranks_by_loops(module, "valid", lambdas=module.level_weights.tolist())
     trainer = trainer_of(num_sanity_val_steps=0)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -442,10 +452,12 @@ def test_chosen_weights_are_kept_in_the_checkpoint(folder, bases, tmp_path):
     other = AnalogicalEmbedding.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     rows = Rows()
     quiet_trainer(callbacks=[rows]).validate(other, datamodule=analogies(folder), verbose=False)
-    assert rows.ranks["rank_method"] == ranks_by_loops(module, "valid", lambdas=weights)
+    assert rows.of(other, "method") == ranks_by_loops(module, "valid", lambdas=weights)
     lambdas = module.identity_weights.tolist()
-    assert rows.ranks["rank_identity"] == ranks_by_loops(module, "valid", True, lambdas)
-    assert rows.ranks["rank_base"] == ranks_by_loops(module, "valid")
+    assert rows.of(other, "identity") == ranks_by_loops(module, "valid", True, lambdas)
+    assert rows.of(other, "base") == ranks_by_loops(module, "valid")
+    kept = AnalogicalEmbedding.load_from_checkpoint(tmp_path / "last.ckpt", level_grid=None)
+    assert kept.level_weights.tolist() == pytest.approx(weights), "not the published ones"
 
 
 def test_weights_that_are_given_count_more_than_those_of_a_checkpoint(folder, bases, tmp_path):
@@ -547,6 +559,18 @@ def test_other_precisions_train_and_rank_both_models(folder, name, tmp_path):
             assert (states["bf16-mixed"][key] - expected).abs().mean() < 0.05, key
 
 
+@pytest.mark.parametrize("name", ["DistMult", "ComplEx"])
+def test_scores_that_are_products_of_matrices_are_ranked_in_full_precision(name):
+    tables = EmbeddingTables(scoring(name, 6), 2000, RELATIONS)
+    torch.nn.init.normal_(tables.entities), torch.nn.init.normal_(tables.relations)
+    vectors = tables.look_up(torch.arange(4), torch.arange(4))
+    expected = tables.tail_distances(*vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tables.tail_distances(*vectors)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_weights_of_16_bits_are_refused_before_training(folder, bases):
     for module, data in ((base_model(), graph(folder)), (ankge(bases["TransE"]), analogies(folder))):
         with pytest.raises(
@@ -590,16 +614,18 @@ def changed(bases, path, **options):
         ({"num_entities": 99}, "num_entities is 99, but the data has 28"),
         ({"num_relations": 6}, "num_relations is 6, but the data has 5"),
         ({"graph_hash": "other"}, "was trained on a graph whose entities or relations have other names"),
+        ({"train_hash": "other"}, "was trained on other training triples, among which there may be some that are held"),
     ],
 )
 def test_a_base_of_another_graph_is_refused(folder, bases, tmp_path, options, message):
     """When the model is built, or when training starts and the file is another one than before."""
-    path, hash_ = tmp_path / "base.ckpt", graph(folder).graph_hash
+    path, data = tmp_path / "base.ckpt", graph(folder)
+    hashes = {"graph_hash": data.graph_hash, "train_hash": data.train_hash}
     path.write_bytes(bases["TransE"].read_bytes())
-    module = ankge(path, graph_hash=hash_)
+    module = ankge(path, **hashes)
     changed(bases, path, **options)
     with pytest.raises(ValueError, match=rf"base .*base\.ckpt: {message}"):
-        ankge(path, graph_hash=hash_)
+        ankge(path, **hashes)
     with pytest.raises(ValueError, match=rf"base .*base\.ckpt: {message}"):
         trainer_of().fit(module, datamodule=analogies(folder))
 

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks import AnalogyRetriever, FrozenParameters, analogy_retriever
@@ -92,6 +94,30 @@ def one_step(batches, **options):
     return state(module)
 
 
+class Triples(NamedTuple):
+    heads: Tensor
+    relations: Tensor
+    tails: Tensor
+    index: Tensor
+
+
+def unequal_parts():
+    """Batches of 11 and of 3 triples, as the last ones of an epoch may be."""
+    triples = torch.tensor(with_reverses("train"))
+    for rows in (torch.arange(11), torch.arange(20, 23)):
+        yield Triples(*triples[rows].T, rows)
+
+
+def one_step_of_analogies(folder, batches, **options):
+    module = analogies("TransE", strength=1.0)
+    data = graph(folder, objective="analogies")
+    module.set_neighbours(
+        retriever.retrieve(module.tables, torch.as_tensor(data.train_triples), module.settings.clipped(ENTITIES, 10))
+    )
+    quiet_trainer(limit_val_batches=0, **options).fit(module, DataLoader(batches, batch_size=None))
+    return state(module)
+
+
 def evaluated(module, folder, **options):
     trainer = quiet_trainer(**options)
     data = graph(folder)
@@ -130,6 +156,7 @@ def on_a_rank(rank, folder, cached, cut_off):
         "base": {name: trained_base(folder, name, **TWO_RANKS) for name in NAMES},
         "analogies": {name: trained_analogies(folder, name, **TWO_RANKS) for name in NAMES},
         "weighted": one_step([list(halves())[rank]], **TWO_RANKS),
+        "unequal": one_step_of_analogies(folder, [list(unequal_parts())[rank]], **TWO_RANKS),
         "scores": evaluated(base("TransE"), folder, **TWO_RANKS),
         "scores of a grid": evaluated(analogies("HAKE", level_grid=GRID), folder, **TWO_RANKS),
     }
@@ -153,7 +180,7 @@ def folders(tmp_path_factory):
 def ranks(folders):
     with pytest.MonkeyPatch.context() as patched:
         cut_off_in_the_third_block(patched, folders[0], folders[2])
-    return run_ranks(on_a_rank, 2, *folders)
+    return run_ranks(on_a_rank, 2, *folders, timeout=180)
 
 
 def cut_off_in_the_third_block(patched, folder, cached):
@@ -200,6 +227,15 @@ def test_weights_of_triples_count_over_both_ranks(ranks):
     assert (expected["tables.entities"] - accumulated["tables.entities"]).abs().max() > 1e-3
     for found in ranks:
         same(found["weighted"], expected)
+
+
+def test_analogies_of_unequal_batches_count_by_their_triples(ranks, folders):
+    whole = Triples(*(torch.cat(parts) for parts in zip(*unequal_parts(), strict=True)))
+    expected = one_step_of_analogies(folders[0], [whole])
+    accumulated = one_step_of_analogies(folders[0], list(unequal_parts()), accumulate_grad_batches=2)
+    assert (expected["analogies.entities"] - accumulated["analogies.entities"]).abs().max() > 1e-3
+    for found in ranks:
+        same(found["unequal"], expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

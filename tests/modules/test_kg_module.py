@@ -1,5 +1,6 @@
 """Embeddings of a knowledge graph as a LightningModule: its loss, its ranks, its controls, its rate, its answers."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -119,6 +120,17 @@ def test_the_test_has_its_own_metrics(folder):
     for key, value in means(ranks_by_loops(module, "test")).items():
         assert scores[f"test/{key}"] == pytest.approx(value, rel=1e-6), key
     assert not any(key.startswith("val") for key in scores)
+    ranks, queries = ranks_by_loops(module, "test"), with_reverses("test")
+    for side, kind in itertools.product(("tail", "head"), CATEGORIES):
+        own = [
+            rank
+            for rank, (_, r, _) in zip(ranks, queries, strict=True)
+            if categories()[r % RELATIONS] == kind and (r >= RELATIONS) == (side == "head")
+        ]
+        assert scores.get(f"test/{side}/{kind}/count", 0) == len(own)
+        for key, value in (means(own) if own else {}).items():
+            assert scores[f"test/{side}/{kind}/{key}"] == pytest.approx(value, rel=1e-6), (side, kind, key)
+    assert f"test/head/{categories()[0]}/mrr" in scores
 
 
 def test_ranks_of_each_query_are_returned(folder):
