@@ -241,8 +241,9 @@ class EMATarget(Callback):
             except AttributeError:
                 children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
                 raise ValueError(
-                    f"EMATarget: {field}={path!r} is no module of {type(pl_module).__name__}; "
-                    f"build it in __init__ and give its attribute path. Its children are: {children}"
+                    f"EMATarget: {field}={path!r} is no module of {type(pl_module).__name__} as it is configured. "
+                    "Leave the callback out (--callbacks.<its name> null) if the method needs none, or build the "
+                    f"module in __init__ and give its attribute path. Its children are: {children}"
                 ) from None
         return found[0], found[1]
 

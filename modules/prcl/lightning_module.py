@@ -323,7 +323,7 @@ class ProbabilisticSegmenter(SegmentationModule):
         Raises:
             ValueError: if it has no end, as the learning rates fall until then.
         """
-        if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
+        if (self.trainer.max_epochs or -1) > 0 and self.trainer.max_steps == -1:
             return self.trainer.max_epochs
         return math.ceil(total_steps_of(self.trainer, "poly") / steps_per_epoch(self.trainer))
 
@@ -445,7 +445,7 @@ class ProbabilisticSegmenter(SegmentationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the metrics of all processes have seen of the epoch so far."""
         for name, metric in self._epoch_metrics().items():
-            for state, value in metric.over_processes().items():
+            for state, value in metric.over_processes(self.trainer.strategy.root_device).items():
                 checkpoint["state_dict"][f"{name}.{state}"] = value
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -627,9 +627,17 @@ def check_settings(options: Any) -> None:
         raise ValueError(f"momentum: {options.momentum} is outside (0, 1), which Nesterov's needs")
     if options.temperature is not None and not options.temperature > 0:
         raise ValueError(f"temperature: {options.temperature} is not positive")
-    if options.method == "point_contrast" and options.global_prototypes:
+    if options.contrast_end is not None and options.contrast_end <= options.contrast_begin:
         raise ValueError(
-            "global_prototypes: true needs distributions; set model.method to prcl, or model.global_prototypes to false"
+            f"contrast_end: {options.contrast_end} is not after contrast_begin {options.contrast_begin}, so that there "
+            "would be no contrast; raise it, set it to null for the end of the run, or take method: mean_teacher"
         )
+    if options.method == "point_contrast":
+        for field, none in (("global_prototypes", "false"), ("variance_weight", "0")):
+            if options[field]:
+                raise ValueError(
+                    f"{field}: {options[field]} needs distributions; set model.method to prcl, or model.{field} to "
+                    f"{none}"
+                )
     if not options.scales or min(options.scales) <= 0:
         raise ValueError(f"scales: {list(options.scales)} are not factors above 0")

@@ -1,6 +1,6 @@
 """What there is to watch while PRCL trains: terms of the loss, quality of pseudo-labels, and uncertainty by class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +15,35 @@ class EpochSums(Metric):
     """Sums over the steps of an epoch that are part of the state dictionary, as the weights are.
 
     So a run that is interrupted within an epoch and resumed tells of all of that epoch. A subclass adds its states with
-    :meth:`add_sum`.
+    :meth:`add_sum`. Sums stay float32 where a network becomes coarser: in bfloat16 a sum of 512 does not grow by 1.
     """
 
     full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> "EpochSums":
+        kept = {name: state for name, state in self.metric_state.items() if state.is_floating_point()}
+        super()._apply(fn, exclude_state)
+        for name, state in kept.items():
+            device = getattr(self, name).device
+            setattr(self, name, state.to(device))
+            self._defaults[name] = torch.zeros_like(state, device=device)
+        return self
 
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
         """Add a state of zeros."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum", persistent=True)
 
-    def over_processes(self) -> dict[str, Tensor]:
-        """The states, summed over all processes; to be called by all of them."""
-        states = {name: state.clone() for name, state in self.metric_state.items()}
+    def over_processes(self, device: torch.device) -> dict[str, Tensor]:
+        """The states, summed over all processes; to be called by all of them.
+
+        Args:
+            device: that processes talk through; after a run the states are back on the CPU, which NCCL does not serve.
+        """
+        states = {name: state.to(device, copy=True) for name, state in self.metric_state.items()}
         if dist.is_available() and dist.is_initialized():
             for state in states.values():
                 dist.all_reduce(state)
-        return states
+        return {name: state.to(getattr(self, name).device) for name, state in states.items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take the states, or none of them if they are those of other settings or of an older version."""
@@ -71,6 +84,9 @@ class StepMeans(EpochSums):
         return dict(zip(self.names, self.total / self.weight, strict=True)) if self.weight > 0 else {}
 
 
+PIXELS = 1024  # that are added one by one; their sums are added in a tree
+
+
 class ClassMeans(EpochSums):
     """Mean of a value of each class over its pixels, or over steps, and over processes.
 
@@ -91,10 +107,12 @@ class ClassMeans(EpochSums):
             values: (N,).
             labels: (N,) int64 classes.
         """
-        member = labels == torch.arange(self.num_classes, device=labels.device)[:, None]
-        # Pixels are added in a tree and not one by one, so that float32 (the best that some devices have) suffices.
-        self.total += torch.where(member, values.to(self.total), 0.0).sum(1)
-        self.count += member.sum(1)
+        # Not all pixels one by one, so that float32 (the best that some devices have) suffices.
+        groups = -(-len(labels) // PIXELS)
+        place = torch.arange(len(labels), device=labels.device) // PIXELS * self.num_classes + labels
+        sums = self.total.new_zeros(groups * self.num_classes).index_add_(0, place, values.to(self.total))
+        self.total += sums.view(groups, self.num_classes).sum(0)
+        self.count.index_add_(0, labels, torch.ones_like(labels))
 
     def compute(self) -> Tensor:
         """(C,) float32 means, NaN for a class without pixels."""

@@ -57,7 +57,8 @@ def gaussian_contrast(
     are computed along with the loss. No gradient reaches the keys.
 
     Args:
-        anchors: A Gaussians, means and variances (A, D).
+        anchors: A Gaussians, means and variances (A, D). Sums of two variances lie between 1e-9 and 1e9, so that a
+            product of four has a logarithm in single precision.
         keys: N Gaussians, (N, D); treated as constants.
         index: (A, K + 1) int64 rows of ``keys``, for each anchor its positive and then its K negatives.
         temperature: divides the scores.

@@ -51,6 +51,15 @@ def test_students_have_the_published_number_of_parameters(setting):
     assert parameters(heads.probability) == 143_874
 
 
+def test_small_and_deep_stem_students_have_the_measured_number_of_parameters():
+    """With both heads; the deep stem is three convolutions of 3x3 in place of one of 7x7."""
+    assert parameters(*student("resnet18", 11)) == 16_925_869
+    segmenter, heads = student("resnet101s", 21)
+    assert parameters(segmenter, heads.mean) == 59_644_469
+    dilations = [block.conv2.dilation for block in segmenter.backbone.body.layer4]
+    assert dilations == [(1, 1), (2, 2), (2, 2)]
+
+
 def test_parts_have_the_published_number_of_parameters(resnet101):
     segmenter, heads = resnet101
     assert {name: parameters(getattr(segmenter.backbone.body, name)) for name in PARTS} == PARTS

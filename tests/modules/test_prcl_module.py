@@ -1,6 +1,7 @@
 """PRCL as a LightningModule: its loss term by term, its schedules, its teacher, its evaluation."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -16,7 +17,9 @@ from torchmetrics import Metric
 from callbacks import EMATarget, ExactResume, StepSeed
 from datamodules import SemiSupervisedSegmentation
 from modules.prcl import ProbabilisticSegmenter
-from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality
+from modules.prcl.monitoring import ClassMeans, PseudoLabelQuality, StepMeans
+from modules.prcl.network import PixelOutputs
+from modules.prcl.similarity import Gaussians
 from modules.prcl.strong_views import PseudoLabelled
 from tests.modules.street_scenes import CLASSES, TINY_BACKBONE, VOID, Scene, scene, scene_loader
 from tests.modules.toy_images import quiet_trainer, silence
@@ -46,7 +49,7 @@ def batches(count=3, **kwargs):
 def step_loss(module, batch, epoch=0, epochs=10):
     """Loss of one training step without a trainer."""
     silence(module).train()
-    module._trainer = SimpleNamespace(current_epoch=epoch, max_epochs=epochs)
+    module._trainer = SimpleNamespace(current_epoch=epoch, max_epochs=epochs, max_steps=-1)
     type(module).current_epoch = property(lambda self: epoch)
     try:
         torch.manual_seed(3)
@@ -194,7 +197,7 @@ def test_joint_forward_shares_the_batch_statistics():
 
 def test_learning_rates_fall_from_epoch_to_epoch_as_published():
     module = segmenter()
-    module._trainer = SimpleNamespace(max_epochs=200, train_dataloader=None)
+    module._trainer = SimpleNamespace(max_epochs=200, max_steps=-1, train_dataloader=None)
     found = module.configure_optimizers()
     optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
     assert found["lr_scheduler"]["interval"] == "epoch"
@@ -220,7 +223,7 @@ def test_learning_rates_fall_from_epoch_to_epoch_as_published():
 def test_weight_of_the_contrast_is_the_published_table():
     module = segmenter(contrast_end=200)
     for epoch, value in ((0, 1.0), (100, 0.2865), (199, 0.00708), (200, 0.0)):
-        module._trainer = SimpleNamespace(current_epoch=epoch, max_epochs=300)
+        module._trainer = SimpleNamespace(current_epoch=epoch, max_epochs=300, max_steps=-1)
         assert module.contrast_weight() == pytest.approx(value, abs=5e-5)
 
 
@@ -326,6 +329,26 @@ def test_scales_flips_and_windows_change_what_is_evaluated():
     assert {tuple(value.shape) for value in outputs.values()} == {(2, CLASSES, 64, 64)}
     assert not torch.allclose(outputs["plain"].softmax(1), outputs["scales"].softmax(1), atol=1e-4)
     assert not torch.allclose(outputs["plain"], outputs["windows"], atol=1e-4)
+
+
+def test_windows_are_two_thirds_apart_and_uncertainty_goes_by_them_too():
+    images = scene(side=60).images
+    module = segmenter(window=36).eval()
+    head, network = module.heads.probability, module.student
+    with torch.no_grad():
+        logits, doubt = torch.zeros(2, CLASSES, 60, 60), torch.zeros(2, 1, 60, 60)
+        counts = torch.zeros(60, 60)
+        for y, x in itertools.product((0, 24), repeat=2):
+            rows, columns = slice(y, y + 36), slice(x, x + 36)
+            part = images[:, :, rows, columns]
+            logits[:, :, rows, columns] += module.teacher(part)
+            variance = head(network.features(part)).mean(1, keepdim=True)
+            doubt[:, :, rows, columns] += functional.interpolate(
+                variance, size=(36, 36), mode="bilinear", align_corners=True
+            )
+            counts[rows, columns] += 1
+        assert torch.allclose(module(images), logits / counts, atol=1e-5)
+        assert torch.allclose(module.uncertainty(images), doubt / counts, atol=1e-6)
 
 
 def test_pictures_have_four_parts_and_training_ones_appear_after_a_step():
@@ -475,13 +498,38 @@ def test_a_rest_of_one_image_is_refused_with_the_remedy_of_an_ordinary_datamodul
         ({"output_stride": 7}, "output_stride: 7 is none of 8, 16 and 32"),
         (
             {"method": "point_contrast", "global_prototypes": True},
-            "global_prototypes: true needs distributions; set model.method to prcl",
+            "global_prototypes: True needs distributions; set model.method to prcl, or model.global_prototypes to fals",
         ),
+        (
+            {"method": "point_contrast", "variance_weight": 0.1},
+            "variance_weight: 0.1 needs distributions; set model.method to prcl, or model.variance_weight to 0",
+        ),
+        ({"contrast_end": 0}, "contrast_end: 0 is not after contrast_begin 0.0, so that there would be no contrast"),
+        ({"contrast_begin": 5, "contrast_end": 5}, "contrast_end: 5 is not after contrast_begin 5"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         segmenter(**settings)
+
+
+def test_schedules_end_with_the_steps_where_these_end_the_run():
+    """Two steps an epoch: a limit of 3 leaves 2 of 10 epochs, of 30 all 10."""
+    for limit, epochs in ((3, 2), (30, 10), (-1, 10)):
+        module = segmenter(method="mean_teacher", lr=0.01, min_lr=0.0)
+        rates = []
+
+        class Look(Callback):
+            def on_train_batch_start(self, trainer, *_, rates=rates):
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        trainer = quiet_trainer(
+            max_epochs=10, max_steps=limit, limit_val_batches=0, callbacks=[teacher_callback(), Look()]
+        )
+        trainer.fit(module, batches(2))
+        expected = [0.01 * (1 - step // 2 / epochs) ** 0.9 for step in range(3 if limit == 3 else 20)]
+        assert rates == pytest.approx(expected)
+        assert module._epochs() == epochs
 
 
 def test_a_weak_threshold_above_the_strong_one_is_warned_of():
@@ -494,7 +542,7 @@ def test_a_weak_threshold_above_the_strong_one_is_warned_of():
 )
 def test_a_contrast_that_never_begins_is_warned_of(begin, weight, warned, recwarn):
     module = segmenter(contrast_begin=begin, contrast_weight=weight)
-    module._trainer = SimpleNamespace(max_epochs=10, train_dataloader=None)
+    module._trainer = SimpleNamespace(max_epochs=10, max_steps=-1, train_dataloader=None)
     module.configure_optimizers()
     told = [str(warning.message) for warning in recwarn if "contrast_begin" in str(warning.message)]
     assert len(told) == warned
@@ -504,7 +552,9 @@ def test_a_contrast_that_never_begins_is_warned_of(begin, weight, warned, recwar
 
 def test_a_run_without_end_is_told_of_the_schedule_that_needs_one():
     module = segmenter()
-    module._trainer = SimpleNamespace(max_epochs=-1, estimated_stepping_batches=math.inf, train_dataloader=None)
+    module._trainer = SimpleNamespace(
+        max_epochs=-1, max_steps=-1, estimated_stepping_batches=math.inf, train_dataloader=None
+    )
     with pytest.raises(ValueError, match=r"^schedule: poly needs an end of training"):
         module.configure_optimizers()
 
@@ -605,6 +655,34 @@ def test_totals_of_long_epochs_keep_their_digits():
     assert means.compute().tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_sums_of_an_epoch_stay_fine_where_the_network_becomes_coarse():
+    parts = torch.nn.ModuleDict({"means": ClassMeans(1), "steps": StepMeans(["loss"]), "layer": torch.nn.Linear(1, 1)})
+    parts.to(torch.bfloat16)
+    for fresh in (True, False):
+        for step in range(1000):
+            value = torch.tensor(float(step), dtype=torch.bfloat16)
+            parts["means"].update(value[None], torch.zeros(1).long())
+            parts["steps"].update({"loss": value}, 1.0)
+        exact = sum(float(torch.tensor(float(step)).bfloat16()) for step in range(1000)) / 1000
+        assert parts["means"].compute().item() == pytest.approx(exact, rel=1e-5), fresh
+        assert parts["steps"].compute()["loss"].item() == pytest.approx(exact, rel=1e-5), fresh
+        for metric in (parts["means"], parts["steps"]):
+            metric.reset()
+
+
+def test_class_means_are_those_of_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    means, seen = ClassMeans(7), [[] for _ in range(7)]
+    for count in (5000, 1, 0, 1024):
+        values, labels = torch.rand(count, generator=generator), torch.randint(6, (count,), generator=generator)
+        means.update(values, labels)
+        for value, label in zip(values.tolist(), labels.tolist(), strict=True):
+            seen[label].append(value)
+    assert means.count.tolist() == [len(values) for values in seen]
+    expected = [np.mean(values) if values else math.nan for values in seen]
+    assert means.compute().tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
 def test_an_epoch_logs_quality_variance_and_precision():
     module = segmenter(class_names=["sky", "road", "tree", "car"], weak_threshold=0.0)
     trainer = quiet_trainer(max_epochs=1, callbacks=[teacher_callback()])
@@ -641,6 +719,46 @@ def test_precision_is_that_of_a_pixel_and_so_compares_classes_of_any_size(settin
             assert logged[f"precision/{label}"].item() == pytest.approx(expected, rel=1e-4)
             sizes.append(len(own))
     assert len(set(sizes)) > 1, "otherwise it would not matter that it is divided by them"
+
+
+def test_pixels_of_the_contrast_are_those_of_the_thresholds():
+    """Classes, trusted pixels and possible anchors, pixel by pixel from the student's logits and the pseudo-labels."""
+    module, calls = segmenter(weak_threshold=0.6, strong_threshold=0.7, **PLAIN_VIEWS), []
+    module.contrast.forward = lambda *args: calls.append(args)
+    module._watch = lambda result: {}
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.randint(CLASSES, (2, 16, 16), generator=generator)
+    masks[:, ::3] = VOID
+    strong = PseudoLabelled(
+        torch.zeros(2, 3, 16, 16),
+        torch.randint(CLASSES, (2, 16, 16), generator=generator),
+        torch.rand(2, 16, 16, generator=generator),
+    )
+    strong.labels[:, 5] = VOID
+    outputs = []
+    for _ in range(2):
+        mean, variance = torch.randn(2, 8, 4, 4, generator=generator), torch.rand(2, 8, 4, 4, generator=generator)
+        logits = 3 * torch.randn(2, CLASSES, 4, 4, generator=generator)
+        outputs.append(PixelOutputs(logits, Gaussians(mean, variance)))
+    module._contrast(outputs, masks, strong)
+    ((pixels, labels, trusted, hard),) = calls
+    expected = []
+    for part, (full, confidence) in enumerate(((masks, None), (strong.labels, strong.confidence))):
+        for b, y, x in np.ndindex(2, 4, 4):
+            label = full[b, 4 * y, 4 * x].item()  # nearest
+            scores = [math.exp(value) for value in outputs[part].logits[b, :, y, x].tolist()]
+            known = label != VOID and (confidence is None or confidence[b, 4 * y, 4 * x] >= 0.6)
+            own = scores[label] / sum(scores) if known else None
+            mean, variance = (field[b, :, y, x].tolist() for field in outputs[part].representation)
+            expected.append((label if known else None, known, known and own < 0.7, mean, variance))
+    assert 0 < sum(known for _, known, *_ in expected) < len(expected)
+    assert 0 < sum(unsure for _, _, unsure, *_ in expected) < sum(known for _, known, *_ in expected)
+    for row, (label, known, unsure, mean, variance) in enumerate(expected):
+        assert trusted[row].item() == known
+        assert (trusted & hard)[row].item() == unsure
+        assert label is None or labels[row].item() == label
+        assert pixels.mean[row].tolist() == pytest.approx(mean)
+        assert pixels.variance[row].tolist() == pytest.approx(variance)
 
 
 @pytest.mark.parametrize("method", ["prcl", "point_contrast"])
