@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from datamodules.image_files import list_images
-from datamodules.readers.samples import existing_folder
+from datamodules.readers.samples import check_distinct, existing_folder
 from datamodules.readers.segmentation_samples import SegmentationFacts, SegmentationSamples, paired_masks
 
 CLASSES = 150
@@ -22,6 +22,7 @@ class Ade20kReader:
 
     Raises:
         FileNotFoundError: If a folder or a mask is missing, or a part is empty.
+        ValueError: If two pictures of a part have one name.
     """
 
     def __init__(self, root: str | None) -> None:
@@ -48,8 +49,10 @@ class Ade20kReader:
             images = list_images(folder)
             if not images:
                 raise FileNotFoundError(f"{folder}: no picture found; unpack the data set again")
+            ids = [image.stem for image in images]
+            check_distinct(folder, ids, "rename one of each, with its mask")
             masks = paired_masks(images, folder, self.root / "annotations" / name)
-            parts[part] = SegmentationSamples([image.stem for image in images], images, masks)
+            parts[part] = SegmentationSamples(ids, images, masks)
         return parts
 
     def _class_names(self) -> tuple[str, ...]:

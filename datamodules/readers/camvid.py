@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from datamodules.image_files import IMAGE_SUFFIXES, missing_images
-from datamodules.readers.samples import existing_folder
+from datamodules.readers.samples import check_distinct, existing_folder
 from datamodules.readers.segmentation_samples import SegmentationFacts, SegmentationSamples, missing_masks
 
 PARTS = ("train", "val", "test")
@@ -34,7 +34,7 @@ class CamvidReader:
 
     Raises:
         FileNotFoundError: If a list is missing, or a file it names.
-        ValueError: If a line does not hold two paths, or a list holds none.
+        ValueError: If a line does not hold two paths, or a list holds none, or a picture twice.
     """
 
     facts = SegmentationFacts(
@@ -67,13 +67,15 @@ class CamvidReader:
             pairs.append([self.root.joinpath(*PurePosixPath(name).parts[-2:]) for name in names])
         if not pairs:
             raise ValueError(f"{path}: the list is empty; add lines or take the whole data set again")
+        ids = [image.stem for image, _ in pairs]
+        check_distinct(path, ids)
         images = [_with_any_suffix(image) for image, _ in pairs]
         masks = [mask for _, mask in pairs]
         if lost := [str(image) for image in images if not image.is_file()]:
             raise missing_images(self.root, lost, len(images), path.name)
         if lost := [str(mask) for mask in masks if not mask.is_file()]:
             raise missing_masks(self.root, lost, len(masks))
-        return SegmentationSamples([image.stem for image in images], images, masks)
+        return SegmentationSamples(ids, images, masks)
 
 
 def _with_any_suffix(image: Path) -> Path:

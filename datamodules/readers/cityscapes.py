@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.readers.samples import existing_folder
+from datamodules.readers.samples import check_distinct, existing_folder
 from datamodules.readers.segmentation_samples import SegmentationFacts, SegmentationSamples, missing_masks
 
 PARTS = ("train", "val")
@@ -71,6 +71,7 @@ class CityscapesReader:
 
     Raises:
         FileNotFoundError: If a folder or a mask is missing.
+        ValueError: If pictures of two cities have one name.
     """
 
     def __init__(self, root: str | None) -> None:
@@ -93,10 +94,12 @@ class CityscapesReader:
 
     def _part(self, part: str) -> SegmentationSamples:
         images = self._pictures(part)
+        ids = [image.stem for image in images]
+        check_distinct(self.images / part, ids, "rename one of each, with its mask")
         masks = [self._mask(image, self.mask_folder, self.mask_end) for image in images]
         if lost := [str(mask) for mask in masks if not mask.is_file()]:
             raise missing_masks(self.mask_folder, lost, len(masks))
-        return SegmentationSamples([image.stem for image in images], images, masks)
+        return SegmentationSamples(ids, images, masks)
 
     def _pictures(self, part: str) -> list[Path]:
         images = sorted((self.images / part).glob(f"*/*{IMAGE_END}"))

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.image_files import list_images
 from datamodules.readers.folder import PART_FOLDERS
-from datamodules.readers.samples import existing_folder, text_lines
+from datamodules.readers.samples import check_distinct, existing_folder, text_lines
 from datamodules.readers.segmentation_samples import (
     MAX_CLASSES,
     SegmentationFacts,
@@ -20,7 +20,7 @@ NAMES_FILE = "classes.txt"
 
 
 class MaskFolderReader:
-    """Reads ``images/**`` with ``masks/**.png``; a mask holds a class index per pixel, 255 for void.
+    """Reads ``images/**`` with ``masks/**.png`` (or ``.PNG``); a mask holds a class index per pixel, 255 for void.
 
     The parts come from sub-folders ``images/{train,val,test}``, or from lists ``{train,val,test}.txt`` with one name
     (without suffix) per line, or are left to be drawn. Class names come from ``classes.txt``, one per line.
@@ -31,7 +31,8 @@ class MaskFolderReader:
 
     Raises:
         FileNotFoundError: If a folder, a picture or a mask is missing.
-        ValueError: If the classes are not given, or given twice and not alike.
+        ValueError: If the classes are not given, or given twice and not alike, or if a list names a picture twice or
+            none at all.
     """
 
     def __init__(self, root: str | None, classes: int | None = None) -> None:
@@ -90,6 +91,7 @@ class MaskFolderReader:
             )
         if not names:
             raise ValueError(f"{path}: the list is empty; add names or take the list away")
+        check_distinct(path, names)
         return everything.take([rows[name] for name in names])
 
     def _names(self, classes: int | None) -> tuple[str, ...]:

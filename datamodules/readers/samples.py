@@ -1,5 +1,6 @@
 """What a reader of a data set returns: cheap facts, and samples as pixels or as paths."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +150,22 @@ def checked_folder(path: str, option: str, content: str) -> Path:
     if not folder.is_dir():
         raise NotADirectoryError(f"--data.{option} '{path}' is a file; set it to the folder of {content}")
     return folder
+
+
+def check_distinct(source: Path, names: Sequence[str], remedy: str = "keep one line each") -> None:
+    """Refuse pictures of one name.
+
+    Args:
+        source: The list or folder that holds them, for the message.
+        names: Their names.
+        remedy: What to do, for the message.
+
+    Raises:
+        ValueError: If a name occurs more than once; says how many do, and the first three.
+    """
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        shown = ", ".join(repeated[:3]) + (", ..." if len(repeated) > 3 else "")
+        raise ValueError(f"{source}: names {len(repeated)} picture(s) twice: {shown}; {remedy}")
 
 
 def text_lines(path: Path) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from datamodules.image_files import UnreadableImageError, to_mode
+from datamodules.image_files import UnreadableImageError, list_images, to_mode
 from datamodules.readers.samples import IMAGENET_MEAN, IMAGENET_STD
 
 VOID = 255
@@ -140,14 +140,20 @@ class SegmentationReader(Protocol):
 def paired_masks(images: Sequence[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
     """Return the mask of each picture: the png file of the same name below another folder.
 
+    The suffix may have any case, as that of a picture; ``.png`` wins over others.
+
     Raises:
         FileNotFoundError: If any is missing; says how many, the first three and the folder.
     """
-    masks = [mask_folder / image.relative_to(image_folder).with_suffix(".png") for image in images]
-    missing = [str(mask) for mask in masks if not mask.is_file()]
-    if missing:
-        raise missing_masks(mask_folder, missing, len(masks))
-    return masks
+    names = [image.relative_to(image_folder).with_suffix(".png") for image in images]
+    found = {  # the files are sorted, so .png comes after .PNG and stays
+        mask.relative_to(mask_folder).with_suffix(".png"): mask
+        for mask in list_images(mask_folder)
+        if mask.suffix.lower() == ".png" and mask.is_file()
+    }
+    if missing := [str(mask_folder / name) for name in names if name not in found]:
+        raise missing_masks(mask_folder, missing, len(names))
+    return [found[name] for name in names]
 
 
 def missing_masks(folder: Path, missing: Sequence[str], total: int) -> FileNotFoundError:

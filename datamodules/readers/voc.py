@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from datamodules.image_files import locate
-from datamodules.readers.samples import existing_folder
+from datamodules.readers.samples import check_distinct, existing_folder
 from datamodules.readers.segmentation_samples import (
     SegmentationFacts,
     SegmentationSamples,
@@ -34,7 +34,7 @@ class VocReader:
 
     Raises:
         FileNotFoundError: If a folder, a list, or a file that a list names is missing.
-        ValueError: If a list is empty.
+        ValueError: If a list is empty or names a picture twice.
     """
 
     facts = SegmentationFacts(CLASS_NAMES, image_size=321, palette=((0, 0, 0), *distinct_colours(20)))
@@ -95,4 +95,6 @@ def _read_list(path: Path) -> list[str]:
     words = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
     if not words:
         raise ValueError(f"{path}: the list is empty; take the lists of VOC2012's own archive")
-    return [PurePosixPath(word).stem for word in words]
+    ids = [PurePosixPath(word).stem for word in words]
+    check_distinct(path, ids)
+    return ids

@@ -16,6 +16,7 @@ from datamodules import SemanticSegmentation
 from datamodules.augmentations import SeededPipeline
 from datamodules.image_files import UnreadableImageError
 from datamodules.mask_transforms import MixedClassCrop, PhotometricDistortion, RandomScale, training_transforms
+from datamodules.readers.mask_folder import MaskFolderReader
 from datamodules.readers.mosaic import MosaicReader
 from datamodules.segmentation_dataset import scaled_size
 from datamodules.semantic_segmentation import distinct_colours
@@ -587,6 +588,48 @@ def test_a_list_of_a_folder_that_names_no_picture(tmp_path):
     (write_mask_folder(tmp_path, ["a", "b"]) / "train.txt").write_text("a\nz.jpg\n")
     with pytest.raises(FileNotFoundError, match=r"train.txt: 1 of 2 names have no picture in .*: z.jpg"):
         data("folder", tmp_path).setup("fit")
+
+
+def repeat_lines(path, count):
+    """Write the first lines of a list again at its end."""
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines + lines[:count]))
+
+
+def test_a_list_of_a_folder_that_names_pictures_twice(tmp_path):
+    (write_mask_folder(tmp_path, list("abcde")) / "train.txt").write_text("a\nb\nc\nd\n")
+    repeat_lines(tmp_path / "train.txt", 4)
+    with pytest.raises(
+        ValueError, match=r"/train.txt: names 4 picture\(s\) twice: a, b, c, \.\.\.; keep one line each"
+    ):
+        data("folder", tmp_path).setup("fit")
+
+
+def test_a_list_of_camvid_that_names_pictures_twice(tmp_path):
+    repeat_lines(write_camvid(tmp_path) / "train.txt", 3)
+    with pytest.raises(ValueError, match=r"/train.txt: names 3 picture\(s\) twice: 0001TP_000000, .*_000002; keep one"):
+        data("camvid", tmp_path).setup("fit")
+
+
+def test_two_pictures_of_ade20k_of_one_name(tmp_path):
+    save_image(write_ade20k(tmp_path) / "ADEChallengeData2016/images/training/ADE_train_00000001.png", seed=9)
+    with pytest.raises(
+        ValueError, match=r"images/training: names 1 picture\(s\) twice: ADE_train_00000001; rename one"
+    ):
+        data("ade20k", tmp_path).setup("fit")
+
+
+@pytest.mark.parametrize("suffix", [".PNG", ".Png"])
+def test_the_suffix_of_a_mask_may_have_any_case(tmp_path, suffix):
+    write_mask_folder(tmp_path, ["a", "b.c", "deep/d"])
+    for mask in sorted(tmp_path.glob("masks/**/*.png")):
+        mask.rename(mask.with_suffix(suffix))
+    samples = MaskFolderReader(str(tmp_path)).read()["all"]
+    assert [mask.relative_to(tmp_path / "masks").as_posix() for mask in samples.masks] == [
+        f"{name}{suffix}" for name in ("a", "b.c", "deep/d")
+    ]
+    save_mask(tmp_path / "masks/a.png", np.zeros((24, 32)))
+    assert MaskFolderReader(str(tmp_path)).read()["all"].masks[0].name == "a.png"
 
 
 def test_two_pictures_for_one_mask(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from datamodules import SemanticSegmentation
 from datamodules.readers.cityscapes import LABEL_IDS, CityscapesReader
-from tests.data_layouts import halves, save_mask, write_cityscapes
+from tests.data_layouts import halves, save_image, save_mask, write_cityscapes
 
 LAYOUTS = [(masks, end) for masks in ("gtFine", "") for end in ("labelIds", "labelTrainIds")]
 
@@ -93,6 +93,16 @@ def test_a_missing_mask(tmp_path):
     (tmp_path / "gtFine/train/ulm/ulm_000003_000019_gtFine_labelIds.png").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"1 of 6 pictures have no mask: .*ulm_000003_000019_gtFine_labelIds.png"
+    ):
+        data(tmp_path).setup("fit")
+
+
+def test_pictures_of_two_cities_of_one_name(tmp_path):
+    name = "ulm_000003_000019"
+    write_cityscapes(tmp_path)
+    save_image(tmp_path / f"leftImg8bit/train/aachen/{name}_leftImg8bit.png", seed=9, size=(80, 40))
+    with pytest.raises(
+        ValueError, match=rf"leftImg8bit/train: names 1 picture\(s\) twice: {name}_.*; rename one of each"
     ):
         data(tmp_path).setup("fit")
 

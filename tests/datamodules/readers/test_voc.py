@@ -108,6 +108,16 @@ def test_an_empty_list(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val.txt", "train.txt"])
+def test_a_list_that_names_a_picture_twice(tmp_path, name):
+    """By its id and by its path."""
+    lists = write_voc(tmp_path, augmented=False) / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+    first = (lists / name).read_text().split()[0]
+    (lists / name).write_text(f"{first}\n{NAMES[4]}\n/JPEGImages/{first}.jpg\n")
+    with pytest.raises(ValueError, match=rf"/{name}: names 1 picture\(s\) twice: {first}; keep one line each"):
+        ids(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["val.txt", "train.txt"])
 def test_a_missing_list(tmp_path, name):
     (write_voc(tmp_path, augmented=False) / f"VOCdevkit/VOC2012/ImageSets/Segmentation/{name}").unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name} is missing; take the lists of VOC2012's own archive"):
