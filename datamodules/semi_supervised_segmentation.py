@@ -1,6 +1,7 @@
 """Few pictures with a class for each pixel and many without, for semi-supervised segmentation."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from datamodules.augmentations import SeededPipeline
 from datamodules.image_files import UnreadableImageError
 from datamodules.label_splits import LabelSplit, check_disjoint, draw_labelled
-from datamodules.readers.segmentation_samples import VOID, SegmentationSamples
+from datamodules.readers.segmentation_samples import VOID, SegmentationSamples, read_mask_values
 from datamodules.repeatable_loaders import check_at_least
 from datamodules.sampling import StreamBatchSampler
 from datamodules.segmentation_dataset import SegmentationDataset, scaled_size
@@ -49,7 +50,9 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         labeled: Number of labelled pictures, drawn from the training part by ``split_seed``; fewer ones of the same
             seed are among more.
         split_path: Folder of lists, see :class:`datamodules.label_splits.LabelSplit`, instead of ``labeled``.
-        unlabeled_path: Folder of further pictures without labels.
+        unlabeled_path: Folder of further pictures without labels. Those that are labelled, unlabelled, validation or
+            test pictures already (the same file) are left out, and counted in a notice, so the folder may be that of
+            the data set: with ``labeled``, this is how pictures without a mask, as in ``voc``, take part.
         use_unlabeled: Yield unlabelled pictures; without them, the batches have the key ``labeled`` alone.
         image_size: Side of the crops in pixels, or height and width; None for the data set's usual side.
         train_shorter_side: Length in pixels of the shorter side that the scales multiply; None for the picture's own
@@ -188,10 +191,7 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
     def _split(self) -> dict[str, SegmentationSamples]:
         parts = self._drawn() if self.hparams.split_path is None else self._listed(LabelSplit(self.hparams.split_path))
         if self.hparams.unlabeled_path is not None:
-            further = pictures_without_masks(
-                self.hparams.unlabeled_path, option="unlabeled_path", purpose="further unlabelled pictures"
-            )
-            parts["unlabeled"] = SegmentationSamples.join([parts["unlabeled"], further])
+            parts["unlabeled"] = SegmentationSamples.join([parts["unlabeled"], self._further(parts)])
         if not len(parts["unlabeled"]):
             del parts["unlabeled"]
             if self.hparams.use_unlabeled:
@@ -201,6 +201,27 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
                 )
         check_disjoint({TITLES[part]: samples for part, samples in parts.items()})
         return parts
+
+    def _further(self, parts: Mapping[str, SegmentationSamples]) -> SegmentationSamples:
+        """Pictures of ``unlabeled_path`` whose file is in no part yet."""
+        path = self.hparams.unlabeled_path
+        found = pictures_without_masks(path, option="unlabeled_path", purpose="further unlabelled pictures")
+        files = {part: [image for image in rows.images if isinstance(image, Path)] for part, rows in parts.items()}
+        part_of = {file.resolve(): part for part in files for file in files[part]}
+        places = [part_of.get(file.resolve()) for file in found.images]
+        counts = Counter(part for part in places if part is not None)
+        known = ", ".join(f"{counts[part]} {TITLES[part]}" for part in parts if counts[part])
+        if counts.total() == len(found) and not len(parts["unlabeled"]):
+            raise ValueError(
+                f"--data.unlabeled_path '{path}': all of its {len(found)} pictures are in the data set already "
+                f"({known}), so none is unlabelled; set it to a folder of others, or --data.use_unlabeled false without"
+            )
+        if counts:
+            rank_zero_info(
+                f"--data.unlabeled_path '{path}': {counts.total()} of its {len(found)} pictures are in the data set "
+                f"already ({known}) and left out of the further ones"
+            )
+        return found.take([row for row, part in enumerate(places) if part is None])
 
     def _drawn(self) -> dict[str, SegmentationSamples]:
         """Parts of which a number of labelled pictures is drawn."""
@@ -245,7 +266,7 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
         return parts | {part: found[part] for part in ("val", "test") if part in found}
 
     def _look_at_headers(self) -> None:
-        """Refuse crops that no labelled picture fills, and tell of pictures that are not RGB."""
+        """Refuse crops that no labelled picture fills, and tell of pictures that are not RGB or smaller than a crop."""
         samples = self._part("labeled")
         seen = [_header(samples.images[row]) for row in _spread(len(samples))]
         other = [mode for _, mode in seen if mode != "RGB"]
@@ -255,28 +276,65 @@ class SemiSupervisedSegmentation(SemanticSegmentation):
                 "pictures are converted to RGB"
             )
         self._look_at_masks(samples)
-        largest = self.hparams.labeled_scale[1]
-        sizes = [scaled_size(size, self.hparams.train_shorter_side, largest) for size, _ in seen]
-        for axis, name in enumerate(("height", "width")):
-            side, longest = self.crop_size[axis], max(size[axis] for size in sizes)
+        if not self._fills_crop(self._largest(size for size, _ in seen)):
+            self._check_crop(samples)
+        if self.hparams.use_unlabeled:
+            self._tell_small_pictures(self._part("unlabeled"))
+
+    def _check_crop(self, samples: SegmentationSamples) -> None:
+        """Refuse crops that no labelled picture fills, which takes the headers of all of them."""
+        largest = self._largest(_header(image)[0] for image in samples.images)
+        for name, side, longest in zip(("height", "width"), self.crop_size, largest, strict=True):
             if side > longest:
                 raise ValueError(
                     f"image_size asks for crops of {name} {side}, but the labelled pictures have at most {longest} "
-                    f"pixels at the largest labeled_scale {largest}, so each crop would be padded; set "
-                    f"--data.image_size to [{', '.join(str(max(size[i] for size in sizes)) for i in (0, 1))}] or less"
+                    f"pixels at the largest labeled_scale {self.hparams.labeled_scale[1]}, so each crop would be "
+                    f"padded; set --data.image_size to {list(largest)} or less"
                 )
+
+    def _tell_small_pictures(self, samples: SegmentationSamples) -> None:
+        """Tell of unlabelled pictures whose crops are padded at any scale."""
+        rows, scale, crop = _spread(len(samples)), self.hparams.weak_scale[1], self.crop_size
+        sizes = {row: _header(samples.images[row])[0] for row in rows}
+        small = [row for row in rows if not self._fills_crop(self._scaled(sizes[row], scale))]
+        if small:
+            name, (height, width) = samples.ids[small[0]], sizes[small[0]]
+            rank_zero_warn(
+                f"{len(small)} of {len(rows)} unlabelled pictures looked at are smaller than the crops of "
+                f"{crop[1]}x{crop[0]} pixels even at the largest weak_scale {scale}, such as '{name}' of "
+                f"{width}x{height}; their crops are padded with reflections, unless --data.image_size is smaller or "
+                "--data.train_shorter_side enlarges them"
+            )
+
+    def _largest(self, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        """Largest height and width that labelled pictures of such sizes get."""
+        heights, widths = zip(*(self._scaled(size, self.hparams.labeled_scale[1]) for size in sizes), strict=True)
+        return max(heights), max(widths)
+
+    def _scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
+        return scaled_size(size, self.hparams.train_shorter_side, scale)
+
+    def _fills_crop(self, size: tuple[int, int]) -> bool:
+        return all(have >= side for have, side in zip(size, self.crop_size, strict=True))
 
     def _look_at_masks(self, samples: SegmentationSamples) -> None:
         """Tell of masks in which there is nothing to tell apart, as where an object is stored as 255, which is void."""
-        dataset = SegmentationDataset(samples, self.reader.facts)
-        rows = _spread(len(samples))
-        found = sorted(set().union(*(np.unique(dataset.read(row)[1]).tolist() for row in rows)))
-        classes = [self.class_names[label] for label in found if label != VOID]
-        if len(classes) < 2:
-            void = " and void" if VOID in found else ""
+        rows, found, void = _spread(len(samples)), set(), set()
+        for mask, name in ((samples.masks[row], samples.ids[row]) for row in rows):
+            values = read_mask_values(mask)
+            labels = self.reader.facts.class_indices(values, str(mask) if isinstance(mask, Path) else name)
+            found.update(np.unique(labels[labels != VOID]).tolist())
+            void.update(np.unique(values[labels == VOID]).tolist())
+        if len(found) < 2:
+            shown = ", ".join(self.class_names[label] for label in sorted(found)) or "no class"
             rank_zero_warn(
-                f"the {len(rows)} labelled masks looked at show {', '.join(classes) or 'no class'}{void} alone; the "
-                "value 255 stands for void, so an object that is stored as 255 has to be given the index of its class"
+                f"the {len(rows)} labelled masks looked at show {shown} "
+                + (
+                    f"and void (stored as {', '.join(map(str, sorted(void)))}) alone; an object that is stored so has "
+                    "to be given the value of its class"
+                    if void
+                    else "alone; label pictures of other classes as well"
+                )
             )
 
     # Loaders

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -129,6 +130,24 @@ def test_a_folder_of_further_pictures_is_unlabelled(tmp_path):
     assert (batch.masks == 255).all()
     some = data("camvid", tmp_path / "data", unlabeled_path=str(tmp_path / "more"), labeled=2)
     assert len(some.sample_ids("unlabeled")) == 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("labeled", "told"),
+    [
+        (None, "5 of its 10 pictures are in the data set already (3 labelled, 2 validation)"),
+        (3, "5 of its 10 pictures are in the data set already (3 labelled, 2 validation)"),
+        (2, "5 of its 10 pictures are in the data set already (2 labelled, 1 unlabelled, 2 validation)"),
+    ],
+)
+def test_the_folder_of_further_pictures_may_be_that_of_the_data_set(tmp_path, caplog, labeled, told):
+    """As with VOC alone, most of whose pictures have no mask."""
+    folder = write_voc(tmp_path, augmented=False) / "VOCdevkit/VOC2012/JPEGImages"
+    with caplog.at_level(logging.INFO):
+        found = parts(data("voc", tmp_path, labeled=labeled, unlabeled_path=str(folder)))
+    assert sorted(found["labeled"] + found["unlabeled"]) == VOC[:3] + VOC[5:]
+    assert found["val"] == VOC[3:5]
+    assert caplog.messages == [f"--data.unlabeled_path '{folder}': {told} and left out of the further ones"]
 
 
 def test_every_part_can_be_predicted(tmp_path):
@@ -454,10 +473,11 @@ def test_all_pictures_are_labelled(tmp_path):
     assert len(data("camvid", tmp_path, labeled=6, use_unlabeled=False).sample_ids("labeled")) == 6
 
 
-def test_further_pictures_that_are_labelled_ones(tmp_path):
+@pytest.mark.parametrize(("folder", "known"), [("train", "6 labelled"), ("val", "3 validation")])
+def test_further_pictures_that_are_all_in_the_data_set(tmp_path, folder, known):
     write_camvid(tmp_path)
-    with pytest.raises(ValueError, match=r"6 picture\(s\) are both labelled and unlabelled: "):
-        data("camvid", tmp_path, unlabeled_path=str(tmp_path / "train")).setup("fit")
+    with pytest.raises(ValueError, match=rf"all of its \d+ pictures are in the data set already \({known}\), so none"):
+        data("camvid", tmp_path, unlabeled_path=str(tmp_path / folder)).setup("fit")
 
 
 def test_a_folder_of_further_pictures_that_holds_none(tmp_path):
@@ -513,6 +533,39 @@ def test_a_crop_that_no_picture_fills(tmp_path, size, message):
     data("camvid", tmp_path, labeled=2, image_size=60, labeled_scale=[0.5, 2.0]).setup("fit")
 
 
+def write_sizes(root, part, sizes):
+    """CamVid with the training or validation pictures of the given (width, height), in the order of their names."""
+    for row, size in enumerate(sizes):
+        (path,) = root.glob(f"{part}/*_{row:06d}.jpg")
+        save_image(path, seed=row, size=size)
+        save_mask(root / f"{part}annot/{path.stem}.png", halves(1, 2, size, void=11))
+
+
+def test_a_crop_that_only_pictures_not_looked_at_first_fill(tmp_path):
+    write_camvid(tmp_path, counts=(32, 1, 1))
+    options = {"labeled": 32, "use_unlabeled": False, "labeled_scale": [1, 1]}
+    write_sizes(tmp_path, "train", [(40, 36), (200, 180)] * 16)
+    data("camvid", tmp_path, image_size=128, **options).setup("fit")
+    with pytest.raises(ValueError, match=r"crops of width 201, but .* at most 200 .* to \[180, 200\] or less"):
+        data("camvid", tmp_path, image_size=[128, 201], **options).setup("fit")
+
+
+def test_unlabelled_pictures_smaller_than_the_crop_are_told(tmp_path):
+    write_camvid(tmp_path, counts=(12, 1, 1))
+    module = data("camvid", tmp_path, labeled=2, image_size=128, labeled_scale=[1, 1])
+    small = set(module.sample_ids("unlabeled"))
+    names = sorted(path.stem for path in (tmp_path / "train").iterdir())
+    write_sizes(tmp_path, "train", [(40, 36) if name in small else (200, 180) for name in names])
+    message = rf"10 of 10 unlabelled .* crops of 128x128 pixels .* weak_scale 1.0, such as '{min(small)}' of 40x36; "
+    with pytest.warns(UserWarning, match=message):
+        module.setup("fit")
+    enough = {"labeled": 2, "image_size": 128, "weak_scale": [1.0, 4.0], "labeled_scale": [1, 1]}
+    for options in (enough, enough | {"weak_scale": [1.0, 1.0], "use_unlabeled": False}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            data("camvid", tmp_path, **options).setup("fit")
+
+
 def test_the_default_crop_of_a_data_set_whose_pictures_are_made_smaller(tmp_path):
     with pytest.raises(ValueError, match=r"crops of height 320, but .* at most 54 .*--data.image_size to \[54, 72\]"):
         data("camvid", write_camvid(tmp_path), labeled=2, train_shorter_side=36).setup("fit")
@@ -552,16 +605,45 @@ def test_pictures_of_more_than_8_bits_are_stretched(tmp_path, mode):
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "shown"), [(0, 255, "kind 0 and void"), (255, 255, "no class and void"), (1, 1, "kind 1")]
+    ("left", "right", "message"),
+    [
+        (
+            0,
+            255,
+            r"show kind 0 and void \(stored as 255\) alone; an object that is stored so has to be given",
+        ),
+        (255, 255, r"show no class and void \(stored as 255\) alone; an object that is stored so"),
+        (1, 1, r"show kind 1 alone; label pictures of other classes as well"),
+    ],
 )
-def test_masks_in_which_there_is_nothing_to_tell_apart(tmp_path, left, right, shown):
+def test_masks_in_which_there_is_nothing_to_tell_apart(tmp_path, left, right, message):
     names = [f"p{number}" for number in range(8)]
     write_mask_folder(tmp_path, names, classes=2)
     for name in names:
         save_mask(tmp_path / f"masks/{name}.png", halves(left, right, (32, 24), void=left))
     module = data("folder", tmp_path, labeled=4, image_size=33, labeled_scale=[2.0, 2.0])
-    with pytest.warns(UserWarning, match=rf"4 labelled masks looked at show {shown} alone; the value 255 stands for"):
+    with pytest.warns(UserWarning, match=rf"4 labelled masks looked at {message}"):
         module.setup("fit")
+
+
+def test_void_of_the_data_set_itself_is_named_by_its_value(tmp_path):
+    write_camvid(tmp_path)
+    for path in (tmp_path / "trainannot").iterdir():
+        save_mask(path, halves(3, 3, (48, 36), void=11))
+    with pytest.warns(UserWarning, match=r"show Road and void \(stored as 11\) alone"):
+        data("camvid", tmp_path, labeled=2, **SMALL).setup("fit")
+
+
+def test_masks_are_looked_at_without_their_pictures(tmp_path):
+    """A picture that breaks off after its header shows whether it is decoded."""
+    write_camvid(tmp_path)
+    module = data("camvid", tmp_path, labeled=2, **SMALL)
+    for name in module.sample_ids("labeled"):
+        path = tmp_path / f"train/{name}.jpg"
+        path.write_bytes(path.read_bytes()[:-200])
+    module.setup("fit")
+    with pytest.raises(UnreadableImageError, match=r"cannot be decoded"):
+        module.train_dataset().read(0)
 
 
 def test_masks_without_a_picture_are_told(tmp_path):
