@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from callbacks import AnalogyRetriever, CompletionWriter, FrozenParameters, RankReport
 from datamodules import KnowledgeGraph
 from lightning_apps.app import App
-from lightning_apps.checkpoints import read_checkpoint
 from lightning_apps.cli import AppCLI, main
 from lightning_apps.config_files import find_config
 from lightning_apps.errors import UserError
@@ -66,7 +65,7 @@ def train_base(cli: AppCLI) -> None:
 def _take_scoring(cli: AppCLI, options: Any) -> None:
     """Let the checkpoint say which score function it has, where its settings leave that to the base."""
     if options.get("scoring") is None:
-        options.scoring = read_checkpoint(cli.checkpoint.path).get("hyper_parameters", {}).get("scoring")
+        options.scoring = cli.checkpoint.hyper_parameters.get("scoring")
         if settings := (cli.checkpoint.config.get("model") or {}).get("init_args"):
             settings["scoring"] = options.scoring
 

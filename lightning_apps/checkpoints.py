@@ -21,12 +21,14 @@ class CheckpointFacts:
         config: The configuration of the run that wrote it (`model`, `data`, `callbacks`, `trainer`, ...).
         facts: What the data said of itself.
         data_description: What predictions for other data need to know of it, as JSON; None where nothing is known.
+        hyper_parameters: What its module was built with.
     """
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     data_description: str | None = None
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, subcommand: str) -> dict[str, Any]:
         """The part of the configuration that a command on this checkpoint starts from.
@@ -76,7 +78,13 @@ def describe_checkpoint(path: Path, app: str, weights_only: bool = True) -> Chec
             f"--ckpt_path {path}: was written by the app '{other}', not by '{app}'. "
             f"Use it with: python -m lightning_apps.{other}"
         )
-    return CheckpointFacts(path, mark.get("config") or {}, mark.get("facts") or {}, mark.get("data_description"))
+    return CheckpointFacts(
+        path,
+        mark.get("config") or {},
+        mark.get("facts") or {},
+        mark.get("data_description"),
+        dict(content.get("hyper_parameters") or {}),
+    )
 
 
 def conflicts(

@@ -5,7 +5,8 @@ Also what is odd but allowed: it is told, and the run goes on.
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,15 @@ def test_more_candidates_than_there_are_become_fewer(works):
     assert f"AnKGE: candidate_relations is 40, but the graph has only {2 * RELATIONS}" in told
 
 
+@pytest.fixture
+def own_algorithms() -> Iterator[None]:
+    """What `--trainer.deterministic` says of this process must not reach the next test."""
+    before = torch.get_deterministic_debug_mode()
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
+@pytest.mark.usefixtures("own_algorithms")
 def test_a_base_configuration_of_ones_own_has_its_negatives_and_the_machine_of_the_run(works, tmp_path):
     content = yaml.safe_load((SHIPPED / "ankge/transe_world.yaml").read_text())
     content["data"]["init_args"] = {"num_negatives": 8, "batch_size": 32}
@@ -412,6 +422,15 @@ def test_a_base_configuration_of_ones_own_has_its_negatives_and_the_machine_of_t
     for path in (folder, folder / "base"):
         state = torch.load(path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         assert state["tables.entities"].dtype == torch.float64
+
+
+def test_a_checkpoint_that_holds_more_is_read_where_it_is_trusted(complains, works, work, tmp_path):
+    content = torch.load(work / FINISHED, weights_only=True)
+    torch.save({**content, "made_by": Namespace(name="someone")}, tmp_path / "more.ckpt")
+    test = ["test", "--ckpt_path", str(tmp_path / "more.ckpt"), *QUIET]
+    assert "load it with --weights_only false" in complains(*test)
+    folder = works(*test, "--weights_only", "false")
+    assert np.isfinite(last(folder / "test/metrics.csv", "test/mrr"))
 
 
 @pytest.mark.parametrize("similarity", ["cos", "cos_official"])
