@@ -27,8 +27,9 @@ class AnalogyRetriever(Callback):
 
     The name of the file is a hash of the base's weights and score function, the triples and the settings, so another
     base model never gets these. Ranks share the triples. What a look-up that was killed had done until half a minute
-    before is in files beside that one (``<hash>-<block>.part``), and the next one goes on from there, with any number
-    of ranks.
+    before is in files beside that one (``<hash>-<triples of a block>-<block>.part``), and the next one goes on from
+    there, with any number of ranks. They are deleted once the whole is on the disk. Where the folder is not shared,
+    each node keeps its own file.
 
     The module has ``tables`` (frozen embeddings), ``settings`` (:class:`modules.ankge.RetrievalSettings`) and
     ``set_neighbours``; the datamodule has ``train_triples`` (T, 3), rows in the order that batches name in ``index``.
@@ -62,10 +63,9 @@ class AnalogyRetriever(Callback):
         if _all_ranks_have(found):
             rank_zero_info(f"AnKGE: analogical objects were looked up before: {path}")
         else:
-            parts = _Parts(path)
+            parts = _Parts(path, _block_size(len(triples)))
             found = self._look_up(trainer, pl_module, triples, settings, parts)
-            if path is not None and trainer.is_global_zero:
-                _save(path, found)
+            if path is not None and trainer.local_rank == 0 and _save(path, found):
                 parts.remove()
         pl_module.set_neighbours(Neighbours(*found))
 
@@ -97,7 +97,7 @@ class AnalogyRetriever(Callback):
         # Triples of one (relation, tail) stay together, whose list of heads is then made only once.
         order = torch.from_numpy(_by_relation_and_tail(triples.numpy()))
         # The same blocks on any number of ranks, so that parts fit and each triple has the same result to the last bit.
-        blocks = order.split(min(max(len(order) // BLOCKS, SMALLEST), LARGEST))
+        blocks = order.split(parts.size)
         with _patient_group(trainer.world_size) as group:
             own = parts.load([len(block) for block in blocks])
             there = _from_all(set(own), group)
@@ -142,10 +142,11 @@ class _Parts:
 
     Args:
         path: the file of all; None keeps nothing.
+        size: triples of a block, in the files' names: blocks of another size hold other triples.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, size: int) -> None:
+        self.path, self.size = path, size
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}
         self._last = time.monotonic()
 
@@ -154,7 +155,7 @@ class _Parts:
         from modules.ankge.retriever import Neighbours
 
         found: dict[int, Any] = {}
-        for path in self._files():
+        for path in self._files(f"{self.size}-*"):
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
                 blocks = {block: Neighbours(**fields) for block, fields in content.items()}
@@ -184,18 +185,18 @@ class _Parts:
             raise
 
     def remove(self) -> None:
-        """Delete the files."""
-        for path in self._files():
+        """Delete the files, those of other sizes too."""
+        for path in self._files("*"):
             with suppress(OSError):
                 path.unlink()
 
-    def _files(self) -> list[Path]:
-        return [] if self.path is None else sorted(self.path.parent.glob(f"{self.path.stem}-*.part"))
+    def _files(self, blocks: str) -> list[Path]:
+        return [] if self.path is None else sorted(self.path.parent.glob(f"{self.path.stem}-{blocks}.part"))
 
     def _write(self) -> None:
         if self.path is None or not self._waiting:
             return
-        path = self.path.with_name(f"{self.path.stem}-{min(self._waiting)}.part")
+        path = self.path.with_name(f"{self.path.stem}-{self.size}-{min(self._waiting)}.part")
         try:
             with atomic_write(path) as file:
                 torch.save(self._waiting, file)
@@ -231,7 +232,12 @@ def _by_relation_and_tail(triples: np.ndarray) -> np.ndarray:
     return np.lexsort((triples[:, 2], triples[:, 1]))
 
 
-def _save(path: Path, found: Any) -> None:
+def _block_size(count: int) -> int:
+    return min(max(count // BLOCKS, SMALLEST), LARGEST)
+
+
+def _save(path: Path, found: Any) -> bool:
+    """Whether the file could be written."""
     try:
         with atomic_write(path) as file:
             torch.save(dict(found._asdict()), file)
@@ -239,6 +245,8 @@ def _save(path: Path, found: Any) -> None:
         rank_zero_warn(
             f"AnKGE: the analogical objects cannot be kept for other runs; set cache of AnalogyRetriever: {error}"
         )
+        return False
+    return True
 
 
 def _load(path: Path, count: int) -> Any | None:

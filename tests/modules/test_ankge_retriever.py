@@ -1,5 +1,6 @@
 """Analogical objects against brute force, and the callback that looks them up once."""
 
+import errno
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -206,14 +207,15 @@ def module(seed=0, name="TransE", **options):
     return found
 
 
-def look_up(own, folder, triples=None, **options):
-    """What the callback does when a fit starts."""
+def look_up(own, folder, triples=None, first=True, **options):
+    """What the callback does when a fit starts, on the first node or on the first rank of another one."""
     triples = TRIPLES.numpy() if triples is None else triples
     trainer = SimpleNamespace(
         datamodule=SimpleNamespace(train_triples=triples),
         world_size=1,
         global_rank=0,
-        is_global_zero=True,
+        local_rank=0,
+        is_global_zero=first,
         default_root_dir=str(folder),
     )
     AnalogyRetriever(progress=False, **options).on_fit_start(trainer, own)
@@ -329,7 +331,7 @@ def test_a_look_up_that_was_cut_off_goes_on(tmp_path, monkeypatch, work, cut_off
     monkeypatch.setattr(analogy_retriever, "SECONDS_BETWEEN_FILES", seconds)
     cut_off(tmp_path)
     files = sorted(path.name for path in (tmp_path / "analogies").iterdir())
-    assert [name.partition("-")[2] for name in files] == (["0.part", "1.part"] if seconds == 0 else ["0.part"])
+    assert [name.partition("-")[2] for name in files] == (["3-0.part", "3-1.part"] if seconds == 0 else ["3-0.part"])
     found = look_up(module(), tmp_path)
     assert work == [3, 1], "of ten triples the first six were there"
     assert all(map(torch.allclose, found, expected))
@@ -362,12 +364,44 @@ def test_parts_of_another_base_or_of_no_use_are_left_alone(tmp_path, work, cut_o
     assert not part.exists()
 
 
-def test_parts_of_other_blocks_are_not_used(tmp_path, monkeypatch, work, cut_off):
+@pytest.mark.parametrize(
+    ("before", "now", "expected"), [(3, 4, [4, 4, 2]), (4, 6, [6, 4])], ids=["other sizes", "one of the same size"]
+)
+def test_parts_of_other_blocks_are_not_used(tmp_path, monkeypatch, work, cut_off, before, now, expected):
+    monkeypatch.setattr(analogy_retriever, "SMALLEST", before)
     cut_off(tmp_path)
-    monkeypatch.setattr(analogy_retriever, "SMALLEST", 4)
+    monkeypatch.setattr(analogy_retriever, "SMALLEST", now)
     own = module()
     check(look_up(own, tmp_path), by_brute_force(own.tables, TRIPLES, own.settings))
-    assert work == [4, 4, 2]
+    assert work == expected
+    assert not list((tmp_path / "analogies").glob("*.part"))
+
+
+def test_parts_stay_where_the_whole_cannot_be_written(tmp_path, monkeypatch, work, cut_off):
+    cut_off(tmp_path)
+    (part,) = (tmp_path / "analogies").iterdir()
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(analogy_retriever, "atomic_write", full)
+        with pytest.warns(UserWarning, match="cannot be kept for other runs"):
+            look_up(module(), tmp_path)
+    assert list((tmp_path / "analogies").iterdir()) == [part]
+    work.clear()
+    look_up(module(), tmp_path)
+    assert work == [3, 1]
+
+
+def test_each_node_keeps_the_file_and_no_parts(tmp_path, work, cut_off):
+    """On a disk of its own, where the first node's files are not."""
+    cut_off(tmp_path)
+    found = look_up(module(), tmp_path, first=False)
+    assert [path.suffix for path in (tmp_path / "analogies").iterdir()] == [".pt"]
+    work.clear()
+    assert same(look_up(module(), tmp_path, first=False), found)
+    assert not work
 
 
 def test_without_files_nothing_is_kept_of_a_look_up_that_is_cut_off(tmp_path, cut_off):
