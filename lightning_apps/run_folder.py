@@ -23,6 +23,7 @@ from lightning_apps.errors import UserError
 
 ENVIRONMENT = "LIGHTNING_APPS_RUN_FOLDER"
 RECORD = "run.json"
+OUTER = "part_of"  # the run that an inner one, whose record has this key, is part of
 CONFIG = "config.yaml"
 CHECKPOINT_KEY = "lightning_apps"
 # What belongs to one call and not to the run.
@@ -102,29 +103,34 @@ def resolve_checkpoint(given: str, root: Path, app: str, name: str | None) -> Pa
         if path.is_dir():
             path = path / "checkpoints" / "last.ckpt"
         if not path.is_file():
-            inner = _inner_run(Path(given).glob("*/checkpoints/last.ckpt"))
+            inner = _inner_run(Path(given).glob("*/checkpoints/last.ckpt"), app)
             raise UserError(f"--ckpt_path {given}: no such file: {path.resolve()}{inner}")
         return path
     pattern = f"{name or '*'}/checkpoints/{given}.ckpt"
     found = sorted((root / app).glob(pattern), key=lambda file: file.stat().st_mtime)
     if not found:
-        inner = _inner_run((root / app).glob(f"{name or '*'}/*/checkpoints/last.ckpt"))
+        inner = _inner_run((root / app).glob(f"{name or '*'}/*/checkpoints/last.ckpt"), app)
         raise UserError(
             f"--ckpt_path {given}: no checkpoint {root / app / pattern}; give the path of a .ckpt file{inner}"
         )
     return found[-1]
 
 
-def _inner_run(checkpoints: Iterable[Path]) -> str:
+def _inner_run(checkpoints: Iterable[Path], app: str) -> str:
     """What to do where a run was stopped in another one that it began with, such as that of its base model."""
-    newest = sorted(checkpoints, key=lambda file: file.stat().st_mtime)
-    if not newest:
+    inner = [file for file in checkpoints if _is_inner(file.parent.parent, app)]
+    if not inner:
         return ""
-    folder = newest[-1].parent.parent
+    folder = max(inner, key=lambda file: file.stat().st_mtime).parent.parent
     return (
         f". The run was stopped in the one it began with: finish that with `fit --ckpt_path {folder}`, then start the "
         f"run again with `--model.{folder.name} {folder}`"
     )
+
+
+def _is_inner(folder: Path, app: str) -> bool:
+    record = RunFolder(folder, "fit", True).record()
+    return record.get("app") == app and OUTER in record
 
 
 def open_run_folder(
@@ -160,12 +166,12 @@ def open_run_folder(
 def open_inner_folder(path: Path, app: str, subcommand: str) -> RunFolder:
     """The folder of a run that is part of another one, in whose folder it lies: it can be resumed as one of its own."""
     if is_main_process():
-        _write_record(path, app, f"{path.parent.name}-{path.name}")
+        _write_record(path, app, f"{path.parent.name}-{path.name}", **{OUTER: path.parent.name})
     return RunFolder(path, subcommand, resumed=False)
 
 
-def _write_record(path: Path, app: str, name: str) -> None:
-    record = {"app": app, "name": name, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+def _write_record(path: Path, app: str, name: str, **more: str) -> None:
+    record = {"app": app, "name": name, **more, "created": datetime.now(UTC).isoformat(timespec="seconds")}
     atomic_text(path / RECORD, json.dumps({**record, "command": shlex.join(sys.argv)}, indent=2) + "\n")
 
 

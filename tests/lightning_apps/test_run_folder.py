@@ -8,7 +8,7 @@ import pytest
 
 from lightning_apps import run_folder
 from lightning_apps.errors import UserError
-from lightning_apps.run_folder import ENVIRONMENT, open_run_folder, resolve_checkpoint
+from lightning_apps.run_folder import ENVIRONMENT, RunFolder, open_inner_folder, open_run_folder, resolve_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -107,15 +107,28 @@ def test_a_missing_checkpoint_says_where_it_looked(tmp_path, given):
 
 def test_a_run_that_was_stopped_in_the_one_it_began_with(tmp_path):
     begun = start(tmp_path)
-    inner = begun.path / "base"
-    (inner / "checkpoints").mkdir(parents=True)
-    (inner / "checkpoints/last.ckpt").write_bytes(b"")
+    inner = open_inner_folder(begun.path / "base", "bolt", "fit").path
+    checkpoint_of(RunFolder(inner, "fit", resumed=False))
     for given, name in (("last", begun.path.name), ("last", None), (str(begun.path), None)):
         with pytest.raises(UserError) as told:
             resolve_checkpoint(given, tmp_path, "bolt", name)
         assert f"finish that with `fit --ckpt_path {inner}`, then" in str(told.value)
         assert str(told.value).endswith(f"start the run again with `--model.base {inner}`")
     assert resolve_checkpoint(str(inner), tmp_path, "bolt", None) == inner / "checkpoints/last.ckpt"
+
+
+def test_only_what_a_run_began_with_is_taken_for_it(tmp_path):
+    """Neither a run in the folder of all runs nor another app's, nor any folder with a checkpoint."""
+    begun = start(tmp_path)
+    checkpoint_of(begun)
+    other = begun.path / "other"
+    checkpoint_of(open_inner_folder(other / "base", "ankge", "fit"))
+    (other / "stray/checkpoints").mkdir(parents=True)
+    (other / "stray/checkpoints/last.ckpt").write_bytes(b"")
+    for folder in (begun.path.parent, other):
+        with pytest.raises(UserError) as told:
+            resolve_checkpoint(str(folder), tmp_path, "bolt", None)
+        assert str(told.value).endswith(f"no such file: {folder / 'checkpoints/last.ckpt'}")
 
 
 def test_a_folder_that_cannot_be_made_names_the_remedy(tmp_path):
