@@ -1,7 +1,9 @@
 """Weights from files into image networks: checkpoints of this suite, released files of others, safetensors."""
 
 import math
+import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,10 +55,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = _read(path)
     except Exception as error:
-        raise ValueError(
-            f"init_from: {path} cannot be read as a weights file; expected a state dictionary that torch.save (.ckpt, "
-            ".pth, .pt, .bin) or safetensors (.safetensors) wrote, not cut off"
-        ) from error
+        raise ValueError(f"init_from: {path} cannot be read as a weights file; {_remedy(error)}") from error
     hyper_parameters = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -74,6 +73,22 @@ def _read(path: Path) -> Any:
 
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a file that cannot be read, and why, in the first sentence of the error."""
+    told = str(error).strip().split("\n")[0].partition(". ")[0]
+    cause = f"{type(error).__name__}: {told}" if told else type(error).__name__
+    refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
+    if refused:
+        return (
+            f"it holds a {refused[1]} beside its tensors; if you trust who wrote it, save its state dictionary alone: "
+            f"torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW) ({cause})"
+        )
+    return (
+        "expected a state dictionary that torch.save (.ckpt, .pth, .pt, .bin) or safetensors (.safetensors) wrote, not "
+        f"cut off ({cause})"
+    )
 
 
 def network_weights(path: str | Path, network: nn.Module, which: Which = "online") -> NetworkWeights:

@@ -1,3 +1,7 @@
+import errno
+from argparse import Namespace
+from pickle import UnpicklingError
+
 import numpy as np
 import pytest
 import timm
@@ -8,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import modules.emo  # noqa: F401  registers the networks in timm
+from modules import pretrained_weights
 from modules.bolt import BOLT
 from modules.classification import ImageClassifier
 from modules.classification.mixing import BatchMixing
@@ -366,6 +371,13 @@ def test_files_that_cannot_be_used(tmp_path):
         ValueError, match=r"init_from: .*broken.ckpt cannot be read as a weights file; expected a state dictionary"
     ):
         classifier(init_from=str(tmp_path / "broken.ckpt")).load_pretrained()
+    torch.save({"state_dict": {}, "args": Namespace()}, tmp_path / "more.ckpt")
+    with pytest.raises(
+        ValueError,
+        match=r"it holds a argparse.Namespace beside its tensors; .* save its state dictionary alone: torch.save\(.*\) "
+        r"\(UnpicklingError: Weights only load failed\)$",
+    ):
+        classifier(init_from=str(tmp_path / "more.ckpt")).load_pretrained()
     torch.save({"epoch": 3}, tmp_path / "empty.ckpt")
     with pytest.raises(ValueError, match=r"init_from: .*empty.ckpt holds no dictionary of tensors"):
         classifier(init_from=str(tmp_path / "empty.ckpt")).load_pretrained()
@@ -374,6 +386,29 @@ def test_files_that_cannot_be_used(tmp_path):
         ValueError, match=r"nothing in .*other.ckpt fits VisionTransformer; it holds entity, expected names"
     ):
         classifier(init_from=str(tmp_path / "other.ckpt")).load_pretrained()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), r"\(PermissionError: \[Errno 13\] Permission denied\)$"),
+        (RuntimeError("no zip archive. It may be corrupted.\nmore"), r"\(RuntimeError: no zip archive\)$"),
+        (EOFError(), r"wrote, not cut off \(EOFError\)$"),
+        (
+            UnpicklingError("Weights only load failed. Unsupported operand 35"),
+            r"cut off \(UnpicklingError: Weights",
+        ),
+    ],
+    ids=["not allowed", "cut off", "empty", "text"],
+)
+def test_why_a_file_cannot_be_read_is_told(tmp_path, monkeypatch, error, told):
+    def refuse(path):
+        raise error
+
+    monkeypatch.setattr(pretrained_weights, "_read", refuse)
+    (tmp_path / "some.ckpt").touch()
+    with pytest.raises(ValueError, match=told):
+        classifier(init_from=str(tmp_path / "some.ckpt")).load_pretrained()
 
 
 def test_weights_are_taken_at_the_start_of_a_run_and_not_on_resume(pretrained, tmp_path):
