@@ -34,7 +34,7 @@ def run(command: Sequence[str], log: Path) -> int:
 
     Returns:
         Its seconds of processor time, with those of earlier starts that ended before it did, which a file beside the
-        log remembers.
+        log remembers until then.
     """
     spent = log.with_suffix(".seconds")
     earlier = float(spent.read_text()) if spent.exists() else 0.0
@@ -46,6 +46,7 @@ def run(command: Sequence[str], log: Path) -> int:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         total = earlier + after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         spent.write_text(str(total))
+    spent.unlink()
     return round(total)
 
 
@@ -53,8 +54,10 @@ def check_settings(rows: Sequence[Mapping[str, str]], path: Path, settings: str)
     """Refuse to go on with a table that was filled with other settings.
 
     Raises:
-        SystemExit: Names both.
+        SystemExit: Names both, or the column that the table lacks.
     """
+    if rows and "settings" not in rows[0]:
+        raise SystemExit(f"{path} has no column 'settings', so it was filled by another version; give another --out")
     others = {row["settings"] for row in rows} - {settings}
     if others:
         raise SystemExit(f"{path} was filled with the settings '{others.pop()}', not '{settings}'; give another --out")
