@@ -11,8 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.atomic_files import atomic_bytes
 
-KINDS = ("_colour", "_uncertainty", "_uncertainty_colour")  # what is written beside the mask itself
-
 
 class MaskWriter(Callback):
     """Writes predicted masks as pictures, as soon as a batch is predicted; each process writes those of its own images.
@@ -55,7 +53,8 @@ class MaskWriter(Callback):
         """Look up the names."""
         sample_ids = getattr(getattr(trainer, "datamodule", None), "sample_ids", None)
         self._ids = sample_ids(None) if sample_ids else None
-        self._check_names()
+        if self.colour:
+            self._check_names("_colour")
 
     def on_predict_batch_end(
         self,
@@ -70,6 +69,8 @@ class MaskWriter(Callback):
         if not isinstance(outputs, dict) or not {"index", "masks"} <= outputs.keys():
             given = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
             raise ValueError(f"MaskWriter: predict_step returned {given}, expected a dict with 'index' and 'masks'")
+        if "uncertainty" in outputs and batch_idx == 0:
+            self._check_names("_uncertainty", *(["_uncertainty_colour"] if self.colour else []))
         data = getattr(trainer, "datamodule", None)
         to_file = getattr(data, "mask_to_file", _as_bytes)
         palette = self._palette(data, pl_module) if self.colour else None
@@ -86,11 +87,11 @@ class MaskWriter(Callback):
         """Say where the files are."""
         rank_zero_info(f"Wrote masks to {self.folder(trainer)}")
 
-    def _check_names(self) -> None:
-        """Refuse two ids of which one's files would overwrite the other's."""
+    def _check_names(self, *kinds: str) -> None:
+        """Refuse two ids of which one's file of these kinds would overwrite the other's mask."""
         known = set(self._ids or ())
-        for name in known:
-            for kind in KINDS:
+        for name in sorted(known):
+            for kind in kinds:
                 if name + kind in known:
                     raise ValueError(
                         f"MaskWriter: the file {name}{kind}.png would be that of '{name}' and that of '{name}{kind}'; "

@@ -93,6 +93,45 @@ def test_without_names_the_row_is_the_name(tmp_path):
     assert files(tmp_path / "masks") == [f"{row}.png" for row in range(5)]
 
 
+class Named(Streets):
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+
+    def sample_ids(self, split=None):
+        return list(self.names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "colour"),
+    [
+        ("_colour", Painter, True),
+        ("_uncertainty", DoubtfulPainter, False),
+        ("_uncertainty_colour", DoubtfulPainter, True),
+    ],
+)
+def test_two_pictures_of_one_file_are_refused_before_any_is_written(tmp_path, kind, module, colour):
+    data = Named(f"y{kind}", "y", f"x{kind}", "x", "z")
+    with pytest.raises(ValueError, match=f"the file x{kind}.png would be that of 'x' and that of 'x{kind}'; rename"):
+        predict(tmp_path, MaskWriter(colour=colour), data, module())
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "module", "colour"),
+    [
+        (("a", "a_colour", "a_uncertainty", "b", "b_uncertainty_colour"), Painter, False),
+        (("a", "a_uncertainty", "b", "b_uncertainty_colour", "c"), Painter, True),
+        (("a", "a_colour", "b", "b_uncertainty_colour", "c"), DoubtfulPainter, False),
+    ],
+)
+def test_names_of_files_that_are_not_written_are_free(tmp_path, names, module, colour):
+    predict(tmp_path, MaskWriter(colour=colour), Named(*names), module())
+    assert {f"{name}.png" for name in names} <= set(files(tmp_path / "masks"))
+    for row, name in enumerate(names):
+        assert np.asarray(Image.open(tmp_path / f"masks/{name}.png")).tolist() == predicted_mask(row).tolist()
+
+
 class OwnPalette(Painter):
     palette = PALETTE
 
