@@ -19,7 +19,7 @@ class RepeatableLoaders(LightningDataModule):
     """A datamodule whose training order is a function of (seed, epoch, pass), and whose evaluation sees each row once.
 
     Subclasses save the hyper-parameters ``batch_size``, ``eval_batch_size``, ``num_workers``, ``seed``,
-    ``drop_last``, ``predict_path`` and ``description``.
+    ``drop_last`` and ``predict_path``, and ``description`` where other images can be predicted without the data set.
     """
 
     @property
@@ -32,7 +32,7 @@ class RepeatableLoaders(LightningDataModule):
     @property
     def _described(self) -> bool:
         """Whether a description stands for the data set, because other images are predicted."""
-        return self.hparams.description is not None and self.hparams.predict_path is not None
+        return self.hparams.get("description") is not None and self.hparams.predict_path is not None
 
     @property
     def _ranks(self) -> dict[str, int]:

@@ -283,6 +283,11 @@ def test_names_of_queries(root):
     assert make(root, predict_split="val").query_names(np.array([7]))[0]["side"] == "head"
 
 
+def test_no_description_stands_for_a_graph(root):
+    assert not make(root)._described
+    assert not make(root, predict_path="queries.csv")._described
+
+
 def test_queries_of_a_file(root, tmp_path):
     path = tmp_path / "queries.csv"
     path.write_text("tail,note,head,relation\n,a,e03,r1\ne05,b,,r2\n,c,e05,r2_reverse\ne03,d,,r1_reverse\n")
