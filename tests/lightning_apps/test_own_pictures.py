@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datamodules import SemiSupervisedSegmentation
 from lightning_apps.errors import message_of
 from lightning_apps.prcl import APP
+from lightning_apps.run_folder import CHECKPOINT_KEY
 from tests.data_layouts import halves, save_image, save_mask, write_mask_folder
 from tests.lightning_apps.complaints import command, complainer
 from tests.modules.street_scenes import TINY_BACKBONE
@@ -59,15 +61,20 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_pictures_are_predicted_where_the_training_data_is_not(work, tmp_path, monkeypatch):
+    """Just as where it is, by a checkpoint that does not describe it."""
     monkeypatch.chdir(work)
     predict = ["predict", "--data.predict_path", str(work / "new"), *QUIET]
-    assert command(APP, *predict, "--ckpt_path", CHECKPOINT) == 0
-    expected = masks(work / "runs/prcl/prcl/predict/masks")
+    content = torch.load(CHECKPOINT, weights_only=True)
+    assert content[CHECKPOINT_KEY].pop("data_description")
+    torch.save(content, tmp_path / "bare.ckpt")
+    assert command(APP, *predict, "--ckpt_path", str(tmp_path / "bare.ckpt"), "--run.name", "reference") == 0
+    expected = masks(work / "runs/prcl/reference/predict/masks")
     assert set(expected) == {f"{name}{kind}.png" for name in (32, 40) for kind in ("", "_colour", *UNCERTAINTY)}
 
-    shutil.copytree(work / "runs", tmp_path / "runs")
-    shutil.rmtree(tmp_path / "runs/prcl/prcl/predict")
+    ignore = shutil.ignore_patterns("predict")
+    shutil.copytree(work / "runs/prcl/prcl", tmp_path / "runs/prcl/prcl", ignore=ignore)
     monkeypatch.chdir(tmp_path)
+    assert command(APP, *predict, "--ckpt_path", "bare.ckpt") == 1, "which is not read from the data that is not here"
     assert command(APP, *predict, "--ckpt_path", CHECKPOINT) == 0
     found = masks(tmp_path / "runs/prcl/prcl/predict/masks")
     assert set(found) == set(expected)

@@ -77,7 +77,7 @@ def on_a_rank(rank):
 
 @pytest.fixture(scope="module")
 def ranks():
-    return run_ranks(on_a_rank, 2)
+    return run_ranks(on_a_rank, 2, timeout=180.0)
 
 
 def resumed_on_a_rank(rank, folder):
@@ -90,7 +90,7 @@ def resumed_on_a_rank(rank, folder):
 
 def test_metrics_of_an_epoch_that_two_ranks_resume_are_those_of_all_of_it(tmp_path):
     """Each rank has seen other pictures before the checkpoint, which rank 0 writes."""
-    first, _ = run_ranks(resumed_on_a_rank, 2, str(tmp_path))
+    first, _ = run_ranks(resumed_on_a_rank, 2, str(tmp_path), timeout=180.0)
     logged, relogged = first
     assert {name.partition("/")[0] for name, _ in logged} >= {"train", "variance", "precision", "anchors"}
     assert relogged.keys() == logged.keys()
