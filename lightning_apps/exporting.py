@@ -35,6 +35,7 @@ def export_network(
     tolerance: float = 1e-4,
     images: Tensor | None = None,
     containers: Literal["auto", "int8", "uint8"] = "auto",
+    input_size: Sequence[int] | None = None,
 ) -> dict[str, Path]:
     """Export a network that maps images (B, C, H, W) to one tensor.
 
@@ -50,6 +51,7 @@ def export_network(
             for `int8`, whose agreement is measured and told.
         images: (N, C, H, W), what `int8` is calibrated with.
         containers: of `int8`, see :func:`modules.quantization.onnx_int8.write_int8_onnx`.
+        input_size: Height and width that `onnx` and `pt2` are made for; None for squares of `facts["image_size"]`.
 
     Returns:
         The file of each format, and `export.json` that describes them.
@@ -58,12 +60,13 @@ def export_network(
         UserError: A package is missing, the outputs differ, or a format needs bits that the network has not.
     """
     quantized = network.eval().cpu().float()
+    size, channels = _sides(input_size, int(facts["image_size"]), formats), int(facts["in_channels"])
     check_quantized_formats(quantized, formats)
     network = bake(copy.deepcopy(quantized)) if weight_quantizers(quantized) else quantized
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, Path] = {}
     report: dict[str, Any] = {"facts": facts, "input": getattr(network, "input_description", NORMALISED)}
-    size, channels = int(facts["image_size"]), int(facts["in_channels"])
+    report["input_shape"] = ["batch", channels, *size]
     if "safetensors" in formats:
         written["safetensors"] = write_safetensors(network, folder / "model.safetensors", facts)
     if "onnx" in formats:
@@ -83,6 +86,17 @@ def export_network(
     for path in written.values():
         print(f"wrote {path}")
     return written
+
+
+def _sides(given: Sequence[int] | None, usual: int, formats: Sequence[str]) -> tuple[int, int]:
+    """Height and width of the input."""
+    if given is None:
+        return usual, usual
+    if len(given) != 2 or min(given) < 1:
+        raise UserError(f"--input_size {list(given)}: expected [height, width] in pixels, 1 or more")
+    if "int8" in formats:
+        raise UserError("--input_size: int8 is made for pictures of the data, whose size it has; leave one of both out")
+    return int(given[0]), int(given[1])
 
 
 def check_quantized_formats(network: nn.Module, formats: Sequence[str]) -> None:
@@ -145,7 +159,7 @@ def _write_quantized(
     return written
 
 
-def _deployment(network: nn.Module, written: dict[str, Path], channels: int, size: int) -> dict[str, Any]:
+def _deployment(network: nn.Module, written: dict[str, Path], channels: int, size: tuple[int, int]) -> dict[str, Any]:
     """Sizes, BOPs, and latencies of what onnxruntime can run."""
     from modules.quantization.latency import deployment_report, measure_latency, network_bops, onnx_runner
 
@@ -168,8 +182,18 @@ def write_safetensors(network: nn.Module, path: Path, facts: dict[str, Any]) -> 
     return path
 
 
-def write_onnx(network: nn.Module, path: Path, channels: int, size: int, opset: int, tolerance: float) -> float:
+def write_onnx(
+    network: nn.Module, path: Path, channels: int, size: int | tuple[int, int], opset: int, tolerance: float
+) -> float:
     """Write a network to ONNX with a dynamic batch, and compare it with torch at several batch sizes.
+
+    Args:
+        network: Maps images to one tensor.
+        path: The file.
+        channels: Of the images.
+        size: Side of the images, or height and width.
+        opset: ONNX operator set.
+        tolerance: Largest allowed difference, relative to the largest output.
 
     Returns:
         The largest absolute difference seen.
@@ -197,8 +221,10 @@ def _need_onnx() -> None:
         raise UserError(f"export to ONNX needs {', '.join(missing)}: pip install 'lightning-apps[export]'")
 
 
-def write_program(network: nn.Module, path: Path, channels: int, size: int, tolerance: float) -> float:
-    """Write a program of torch.export with a dynamic batch, and compare it with torch at several batch sizes.
+def write_program(
+    network: nn.Module, path: Path, channels: int, size: int | tuple[int, int], tolerance: float
+) -> float:
+    """Write a program of torch.export with a dynamic batch; arguments as of :func:`write_onnx`.
 
     Returns:
         The largest absolute difference seen.
@@ -218,7 +244,7 @@ def _checked(
     run: Callable[[Tensor], Tensor],
     temporary: Path,
     path: Path,
-    input_shape: tuple[int, int],
+    input_shape: tuple[int, int | tuple[int, int]],
     tolerance: float,
 ) -> float:
     """Give a file its name if it computes what the network does, and return the largest difference."""
@@ -238,5 +264,6 @@ def _checked(
     return largest
 
 
-def _example(batch: int, channels: int, size: int) -> Tensor:
-    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
+def _example(batch: int, channels: int, size: int | tuple[int, int]) -> Tensor:
+    sides = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, channels, *sides, generator=torch.Generator().manual_seed(batch))

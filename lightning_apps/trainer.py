@@ -116,6 +116,7 @@ class AppTrainer(Trainer):
         tolerance: float = 1e-4,
         calibration_images: int = 128,
         int8_containers: Literal["auto", "int8", "uint8"] = "auto",
+        input_size: list[int] | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, Path]:
         """Write the deployable network as ONNX or a torch.export program, checked against torch, and as safetensors.
@@ -139,6 +140,8 @@ class AppTrainer(Trainer):
             calibration_images: How many pictures of the data `int8` is calibrated with.
             int8_containers: Of 8-bit weights in `int8`: signed ones are exact, and fast, on processors with VNNI or of
                 ARM, unsigned ones are exact everywhere; `auto` asks the processor of this machine.
+            input_size: Height and width in pixels that `onnx` and `pt2` take; by default squares of the data's
+                `image_size`.
             weights_only: False to load a checkpoint that holds more than tensors and plain values.
 
         Returns:
@@ -151,6 +154,8 @@ class AppTrainer(Trainer):
         folder, facts = Path(output or self.default_root_dir), getattr(self, "export_facts", {})
         if hasattr(model, "embedding_tables"):
             check_embedding_formats(model, formats or ())
+            if input_size is not None:
+                raise UserError(f"--input_size {input_size}: {type(model).__name__} takes no pictures; leave it out")
             load_weights(self, model, ckpt_path, weights_only)
             return export_embeddings(model, datamodule, facts, folder, formats)
         if not hasattr(model, "deployable_network"):
@@ -169,6 +174,7 @@ class AppTrainer(Trainer):
             tolerance=tolerance,
             images=pictures(datamodule, calibration_images) if "int8" in formats else None,
             containers=int8_containers,
+            input_size=input_size,
         )
 
     def features(

@@ -53,6 +53,28 @@ def test_program_of_torch_export_runs_at_any_batch_size(network, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
 
 
+def test_files_are_made_for_the_height_and_width_that_are_asked_for(tmp_path):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    network = nn.Conv2d(2, 3, 3, padding=1).eval()
+    written = export_network(network, FACTS, tmp_path, formats=["onnx", "pt2"], input_size=[5, 9])
+    images = torch.randn(3, 2, 5, 9)
+    expected = network(images).detach()
+    session = onnxruntime.InferenceSession(str(written["onnx"]), providers=["CPUExecutionProvider"])
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected)
+    torch.testing.assert_close(torch.export.load(written["pt2"]).module()(images), expected)
+    assert json.loads(written["description"].read_text())["input_shape"] == ["batch", 2, 5, 9]
+
+
+@pytest.mark.parametrize("size", [[5], [0, 5], [5, 5, 5]], ids=str)
+def test_sizes_that_are_no_height_and_width_are_refused(network, tmp_path, size):
+    with pytest.raises(UserError, match=r"--input_size \[.*\]: expected \[height, width\] in pixels"):
+        export_network(network, FACTS, tmp_path, input_size=size)
+    with pytest.raises(UserError, match="--input_size: int8 is made for pictures of the data"):
+        export_network(network, FACTS, tmp_path, formats=["int8"], input_size=[6, 6])
+
+
 def test_a_difference_is_an_error_and_leaves_no_file(network, tmp_path):
     with pytest.raises(UserError, match=r"model.onnx and torch differ by .* at batch 1 \(tolerance -1e\+00\)"):
         export_network(network, FACTS, tmp_path, formats=["onnx"], tolerance=-1.0)
