@@ -1,13 +1,12 @@
 """Which pictures are labelled and which are not: lists on disk, seeded draws, and what may be wrong with them."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from datamodules.image_files import is_image
-from datamodules.readers.samples import checked_folder, text_lines
+from datamodules.readers.samples import check_distinct, checked_folder, text_lines
 from datamodules.readers.segmentation_samples import SegmentationSamples, missing_masks
 
 LIST_FILES = {
@@ -65,8 +64,7 @@ class LabelSplit:
                 f"pictures have names such as '{pool.ids[0]}'. Complete the data, or take lists made for this data set"
             )
         samples = pool.take([row for row in rows if row is not None])
-        if repeated := [name for name, count in Counter(samples.ids).items() if count > 1]:
-            raise ValueError(f"{file}: names {len(repeated)} picture(s) twice: {_first(repeated)}; keep one line each")
+        check_distinct(file, samples.ids)
         if labelled:
             masks = samples.masks or [None] * len(samples)
             lost = [name for name, mask in zip(samples.ids, masks, strict=True) if mask is None]
@@ -149,8 +147,7 @@ def _read_list(file: Path) -> list[str]:
     names = [line.split()[0] for line in text_lines(file)]
     if not names:
         raise ValueError(f"{file}: the list is empty; add names, one a line")
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"{file}: names {len(repeated)} picture(s) twice: {_first(repeated)}; keep one line each")
+    check_distinct(file, names)
     return names
 
 
