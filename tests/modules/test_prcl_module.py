@@ -143,7 +143,8 @@ def test_void_everywhere_is_no_reason_to_fail():
 @pytest.mark.parametrize("method", ["prcl", "point_contrast", "mean_teacher"])
 def test_strong_views_without_a_label_leave_a_finite_loss(method, labelled):
     """As where all of a view is padding, or cut out: no label, no confidence."""
-    module, batch = segmenter(method=method, strong_threshold=1.0, variance_weight=0.1), both()
+    settings = {"variance_weight": 0.1} if method == "prcl" else {}
+    module, batch = segmenter(method=method, strong_threshold=1.0, **settings), both()
     module.strong_views = lambda views: PseudoLabelled(
         views.images, torch.full_like(views.labels, VOID), torch.zeros_like(views.confidence)
     )
