@@ -347,7 +347,8 @@ class AppCLI(LightningCLI):
         if any(name in before and before[name] != used.get(name) for name in self.app.identity):
             raise UserError(
                 f"--ckpt_path {self.checkpoint.path}: was trained on other data ({'; '.join(self._other_facts())}), so "
-                "its weights stand for other things; give the data that it was trained on"
+                "its weights stand for other things, or have seen what is held out here; give the data that it was "
+                "trained on"
             )
 
     def _other_facts(self) -> list[str]:

@@ -239,6 +239,31 @@ def larger(tmp_path) -> Path:
     return changed(tmp_path / "larger", entities_dict=more)
 
 
+@pytest.fixture
+def resplit(tmp_path) -> Path:
+    """The same triples, of which one of training and one of the test are exchanged."""
+    parts = triples()
+    train, test = parts["train"], parts["test"]
+    parts = {"train": [test[0], *train[1:]], "test": [train[0], *test[1:]]}
+    lines = {part: "".join(f"e{h:02}\tr{r}\te{t:02}\n" for h, r, t in own) for part, own in parts.items()}
+    return changed(tmp_path / "resplit", **lines)
+
+
+def test_the_base_of_another_split(complains, resplit):
+    message = complains("fit", *ANALOGIES, *GRAPH, str(resplit), "--model.base", CHECKPOINT, "--run.name", "resplit")
+    assert message.startswith(
+        f"base {CHECKPOINT}: was trained on other training triples, among which there may be some"
+    )
+    assert not Path("runs/ankge/resplit").exists()
+
+
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, FINISHED], ids=["base", "analogies"])
+def test_a_checkpoint_of_another_split(complains, resplit, checkpoint):
+    message = complains("test", "--ckpt_path", checkpoint, *GRAPH, str(resplit), *QUIET)
+    assert message.startswith(f"--ckpt_path {checkpoint}: was trained on other data (train_hash: ")
+    assert "or have seen what is held out here; give the data that it was trained on" in message
+
+
 def test_the_base_of_another_graph(complains, renamed, larger):
     given = ["--model.base", CHECKPOINT, "--run.name", "of_another_graph"]
     message = complains("fit", *ANALOGIES, *GRAPH, str(renamed), *given)
