@@ -10,6 +10,8 @@ from torchmetrics import Metric
 
 from modules.segmentation.metrics import VOID
 
+PIXELS = 1024  # of a class mean that are added one by one; their sums are added in a tree
+
 
 class EpochSums(Metric):
     """Sums over the steps of an epoch that are part of the state dictionary, as the weights are.
@@ -82,9 +84,6 @@ class StepMeans(EpochSums):
     def compute(self) -> dict[str, Tensor]:
         """Mean of each number; empty without a step."""
         return dict(zip(self.names, self.total / self.weight, strict=True)) if self.weight > 0 else {}
-
-
-PIXELS = 1024  # that are added one by one; their sums are added in a tree
 
 
 class ClassMeans(EpochSums):
