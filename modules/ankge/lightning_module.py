@@ -198,8 +198,9 @@ class AnalogicalEmbedding(LinkPredictor):
             state |= given
             return
         state |= {kept: state[kept] * self.used_levels.to(state[kept]) for kept in given.keys() & state.keys()}
-        before, now = checkpoint.get("hyper_parameters", {}).get("score_offset"), self.hparams.score_offset
-        if before not in (None, now):
+        options, now = checkpoint.get("hyper_parameters", {}), self.hparams.score_offset
+        before = options.get("score_offset")
+        if options.get("level_grid") and before not in (None, now):
             rank_zero_warn(
                 f"AnKGE: the weights of the levels were chosen for score_offset {before}, not for {now}; choose them "
                 "anew on validation by fit, or give --model.level_grid null and --model.level_weights"

@@ -342,7 +342,7 @@ def test_blanks_around_names_of_queries(tmp_path):
     assert [row["head"] for row in data.query_names(np.arange(4))] == [" c", "c", " d ", "e "]
     path.write_text("head,relation,tail\ne,r0,\n")
     with pytest.raises(
-        ValueError, match=r"row 1, line 2: head 'e' is not in the graph; the nearest names are ' e'|'e '"
+        ValueError, match=r"row 1, line 2: head 'e' is not in the graph; the nearest names are (' e', 'e '|'e ', ' e')"
     ):
         make(folder, predict_path=str(path)).setup("predict")
 

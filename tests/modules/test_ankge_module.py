@@ -495,6 +495,17 @@ def test_chosen_weights_of_a_checkpoint_are_of_the_levels_that_are_used_now(fold
         quiet_trainer().test(other, datamodule=analogies(folder), ckpt_path=path, verbose=False)
 
 
+def test_weights_that_nobody_chose_are_not_told_to_be_those_of_another_offset(folder, bases, tmp_path):
+    path = tmp_path / "last.ckpt"
+    trainer = trainer_of(limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(ankge(bases["TransE"]), datamodule=analogies(folder))
+    trainer.save_checkpoint(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = AnalogicalEmbedding.load_from_checkpoint(path, score_offset="margin")
+    assert other.level_weights.tolist() == pytest.approx([0.01, 0.2, 0.02])
+
+
 def test_weights_without_a_grid_are_the_published_ones(bases):
     assert ankge(bases["TransE"]).level_weights.tolist() == pytest.approx([0.01, 0.2, 0.02])
 
